@@ -1,0 +1,67 @@
+"""The seam above the engine: what every engine client offers, wherever its engine runs.
+
+Invariant: every stream that `submit` returned ends exactly once, either with an `Output` that has a `finish_reason` or by
+raising `EngineDied`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol, Self
+
+from llmserve.types import EngineInfo, EngineStats, Output, Request
+
+ClientState = Literal["starting", "ready", "restarting", "stopped"]
+
+
+class OutputStream(Protocol):
+    """The outputs of one request, in order. The last one has a `finish_reason`; iteration then stops.
+
+    Leaving early (`aclose`, or cancelling a pending `__anext__`) aborts the request. Wrap in `contextlib.aclosing`.
+    Raises `EngineDied` when the engine ended while it held the request.
+    """
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> Output: ...
+
+    async def aclose(self) -> None:
+        """Abort the request unless it has ended. Harmless when called again."""
+
+
+class EngineClient(Protocol):
+    """One engine, as the service sees it. Used from one event loop only."""
+
+    @property
+    def state(self) -> ClientState:
+        """`ready` alone accepts requests."""
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """None until the engine was ready once."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """As of the last step."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine holds a request that has not ended."""
+
+    @property
+    def last_progress_s(self) -> float:
+        """`time.monotonic()` at which the engine was last seen to progress; reading it looks again. Means little when idle."""
+
+    async def start(self) -> EngineInfo:
+        """Load the model. Returns when ready; raises what loading raised, or `EngineDied`."""
+
+    def submit(self, request: Request) -> OutputStream:
+        """Send a request; it is on its way when this returns. Raises `NotReady`, and `InvalidRequest` for an id in use."""
+
+    async def abort(self, request_id: str) -> None:
+        """End a request with `abort`. Unknown and ended ids are ignored."""
+
+    async def control(self, command: str, **args: Any) -> dict[str, Any]:
+        """Run an engine command (`stats`, `info`, `check_integrity`). Raises `InvalidRequest` for an unknown one, `EngineDied`."""
+
+    async def stop(self) -> None:
+        """Abort what is left and end the engine. Harmless when called again."""
