@@ -36,7 +36,8 @@ class TextAssets:
     pad_id: int | None = None
     extra_eog_ids: tuple[int, ...] = ()
     """More end-of-generation ids that the checkpoint names (GGUF `eot_token_id`, `eom_token_id`, …)."""
-    add_bos: bool = False
+    add_bos: bool | None = None
+    """None: the checkpoint does not say, and the tokenizer family's own habit holds."""
     add_eos: bool = False
     add_space_prefix: bool = False
     special_tokens: dict[str, str] = field(default_factory=dict)
