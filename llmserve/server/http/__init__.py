@@ -1,0 +1,1 @@
+"""The HTTP frontend, OpenAI-compatible. `app.create_app` builds it, `run.run_server` serves it."""

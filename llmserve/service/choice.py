@@ -1,0 +1,108 @@
+"""One choice of an answer: tokens in, safe text out.
+
+Owns the detokenizer of one sequence and what is held back with its text. Invariants: log-probabilities and token ids travel
+with the event that releases the last of their text; entries of which a stop string left no text are dropped with it; the
+text of all deltas together is the text of the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmserve.errors import DeadlineExceeded, EngineFault
+from llmserve.service.options import RequestOptions
+from llmserve.text import Detokenizer, Tokenizer
+from llmserve.types import Output, TokenLogprob
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one event adds to one choice."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    """One entry per released token, when asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """Once, with the first delta, when asked for: one entry per prompt token from the second on."""
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+    """The stop string, or the stop token's id when the client named it."""
+
+
+class Choice:
+    """The state of one choice while it is generated."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, options: RequestOptions) -> None:
+        self.index = index
+        self.num_tokens = 0
+        """Generated tokens so far, a stop token included."""
+        self.num_cached_tokens = 0
+        self.finished = False
+        self._options = options
+        self._detokenizer = Detokenizer(
+            tokenizer, stop=options.stop, include_stop=options.include_stop, skip_special=options.skip_special
+        )
+        self._pending_ids: list[int] = []
+        self._pending_logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+        self._num_silent = 0  # stop tokens that the detokenizer does not see
+
+    def push(self, output: Output) -> Delta | None:
+        """Take what a step produced; None while all of it must be held back.
+
+        Raises EngineFault and DeadlineExceeded for outputs that end the sequence without an answer.
+        """
+        ids = output.token_ids
+        self.num_tokens += len(ids)
+        if output.num_cached_tokens:
+            self.num_cached_tokens = output.num_cached_tokens
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
+        self._pending_ids.extend(ids)
+        if output.logprobs is not None:
+            self._pending_logprobs.extend(output.logprobs)
+        text_ids = ids
+        if output.stop_token_id is not None and not self._options.include_stop:
+            text_ids = ids[:-1]
+        self._num_silent = len(ids) - len(text_ids)
+        text = self._detokenizer.push(text_ids) if text_ids else ""
+        stopped = self._detokenizer.stopped
+        if stopped is not None:
+            return self._finish(text, "stop", stopped)
+        if output.finish_reason is not None:
+            return self._end(text, output)
+        return self._release(text) if text else None
+
+    def _end(self, text: str, output: Output) -> Delta:
+        reason = output.finish_reason
+        if reason == "stop" or reason == "length":
+            text += self._detokenizer.finish()
+            named = output.stop_token_id if output.stop_token_id in self._options.stop_token_ids else None
+            return self._finish(text, reason, named)
+        if reason == "deadline":
+            raise DeadlineExceeded(output.error or "the request's deadline passed")
+        raise EngineFault(output.error or f"the engine ended the request with {reason!r}")
+
+    def _finish(self, text: str, reason: Literal["stop", "length"], stop_reason: str | int | None) -> Delta:
+        self.finished = True
+        delta = self._release(text)
+        delta.token_ids += self._pending_ids
+        if delta.logprobs is not None and self._detokenizer.stopped is None:
+            delta.logprobs += self._pending_logprobs
+        delta.finish_reason = reason
+        delta.stop_reason = stop_reason
+        return delta
+
+    def _release(self, text: str) -> Delta:
+        """The text with the tokens whose text is now out in full."""
+        num_out = len(self._pending_ids) - self._detokenizer.pending_tokens - self._num_silent
+        delta = Delta(self.index, text, self._pending_ids[:num_out], prompt_logprobs=self._prompt_logprobs)
+        self._pending_ids = self._pending_ids[num_out:]
+        self._prompt_logprobs = None
+        if self._options.num_logprobs is not None:
+            delta.logprobs = self._pending_logprobs[:num_out]
+            self._pending_logprobs = self._pending_logprobs[num_out:]
+        return delta

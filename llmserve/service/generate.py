@@ -1,0 +1,223 @@
+"""Running one request: n choices of each prompt, as one stream of deltas.
+
+Invariants: every sequence that was submitted is ended, by the engine or by an abort, before `deltas` returns or raises,
+whichever way it is left; `usage` counts every generated token once, stop tokens included, and each prompt once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from uuid import uuid4
+
+from llmserve.client.protocol import OutputStream
+from llmserve.errors import EngineFault, InvalidRequest
+from llmserve.metrics import Metrics
+from llmserve.service.choice import Choice, Delta
+from llmserve.service.model import ServedModel
+from llmserve.service.options import MAX_SEQUENCES, RequestOptions
+from llmserve.service.sampling import for_choice, resolve
+from llmserve.types import Output, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A tokenized prompt."""
+
+    token_ids: list[int]
+    text: str = ""
+    """What `echo` repeats."""
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of a request so far."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that were not computed again."""
+
+
+class _Run:
+    """One sequence on its way: its request, its choice and the times of its tokens."""
+
+    __slots__ = ("choice", "first_s", "last_s", "request", "stream")
+
+    def __init__(self, choice: Choice, request: Request) -> None:
+        self.choice = choice
+        self.request = request
+        self.stream: OutputStream | None = None
+        self.first_s = 0.0  # monotonic; 0 until the first token
+        self.last_s = 0.0
+
+
+class Generation:
+    """One validated request. Make it, then iterate `deltas` once."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        prompts: list[Prompt],
+        options: RequestOptions,
+        *,
+        default_max_tokens: int | None,
+        arrival_s: float | None = None,
+    ) -> None:
+        """Resolve all parameters. Raises InvalidRequest, and NotReady while there is no engine to ask.
+
+        `default_max_tokens` None lets an answer fill the context; `arrival_s` is monotonic and defaults to now.
+        """
+        model.check_accepting()
+        if len(prompts) * options.n > MAX_SEQUENCES:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with n={options.n} make more than {MAX_SEQUENCES} sequences", param="n"
+            )
+        self.arrival_s = time.monotonic() if arrival_s is None else arrival_s
+        self.ttft_s: float | None = None
+        """From arrival to the first token of any choice."""
+        self._model = model
+        self._runs = [
+            run
+            for number, prompt in enumerate(prompts)
+            for run in self._plan_prompt(number, prompt, options, default_max_tokens)
+        ]
+        self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self._num_choices_each = options.n
+
+    def _plan_prompt(
+        self, number: int, prompt: Prompt, options: RequestOptions, default_max_tokens: int | None
+    ) -> list[_Run]:
+        model = self._model
+        text = model.text
+        _check_tokens(prompt.token_ids, model.info.vocab_size)
+        sampling = resolve(
+            options,
+            defaults=text.defaults,
+            num_prompt_tokens=len(prompt.token_ids),
+            max_model_len=model.info.max_model_len,
+            eog_ids=text.tokenizer.eog_ids,
+            default_max_tokens=default_max_tokens,
+        )
+        return [
+            _Run(
+                Choice(number * options.n + j, text.tokenizer, options),
+                Request(
+                    # Never the client's own id: two requests in flight may bear the same.
+                    request_id=uuid4().hex,
+                    prompt_token_ids=prompt.token_ids,
+                    sampling=for_choice(sampling, j),
+                ),
+            )
+            for j in range(options.n)
+        ]
+
+    @property
+    def usage(self) -> Usage:
+        """Counts as of the last delta."""
+        choices = [run.choice for run in self._runs]
+        return Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=sum(choice.num_tokens for choice in choices),
+            # The choices of one prompt share it: what each found cached counts once.
+            cached_tokens=sum(choice.num_cached_tokens for choice in choices[:: self._num_choices_each]),
+        )
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """The deltas of all choices, each choice's in order. Close it (`contextlib.aclosing`) to abort.
+
+        Raises what the engine's streams raise, and EngineFault or DeadlineExceeded when a sequence ends without an answer.
+        """
+        metrics = self._model.metrics
+        failure = "abort"
+        try:
+            events = self._one(self._runs[0]) if len(self._runs) == 1 else self._merged()
+            async with contextlib.aclosing(events):
+                async for run, output in events:
+                    self._note_time(run, output, metrics)
+                    delta = run.choice.push(output)
+                    if delta is None:
+                        continue
+                    if delta.finish_reason is not None:
+                        self._note_end(run, delta.finish_reason, metrics)
+                    yield delta
+        except Exception:
+            failure = "error"
+            raise
+        finally:
+            for run in self._runs:
+                if not run.choice.finished:
+                    metrics.finished[failure] += 1
+
+    async def _one(self, run: _Run) -> AsyncGenerator[tuple[_Run, Output], None]:
+        async with contextlib.aclosing(self._model.client.submit(run.request)) as stream:
+            async for output in stream:
+                yield run, output
+                if run.choice.finished:
+                    return  # a stop string: leaving aborts the sequence
+        if not run.choice.finished:
+            raise EngineFault("the engine ended the stream without a finish reason")
+
+    async def _merged(self) -> AsyncGenerator[tuple[_Run, Output], None]:
+        queue: asyncio.Queue[tuple[_Run, Output] | Exception] = asyncio.Queue()
+        tasks = {id(run): asyncio.create_task(self._pump(run, queue)) for run in self._runs}
+        num_open = len(tasks)
+        try:
+            while num_open:
+                event = await queue.get()
+                if isinstance(event, Exception):
+                    raise event
+                run = event[0]
+                if run.choice.finished:
+                    continue  # what was under way when a stop string ended it
+                yield event
+                if run.choice.finished:
+                    num_open -= 1
+                    tasks[id(run)].cancel()
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    async def _pump(self, run: _Run, queue: asyncio.Queue[tuple[_Run, Output] | Exception]) -> None:
+        ended = False
+        try:
+            async with contextlib.aclosing(self._model.client.submit(run.request)) as stream:
+                async for output in stream:
+                    ended = output.finish_reason is not None
+                    queue.put_nowait((run, output))
+        except Exception as error:
+            queue.put_nowait(error)
+            return
+        if not ended:
+            queue.put_nowait(EngineFault("the engine ended the stream without a finish reason"))
+
+    def _note_time(self, run: _Run, output: Output, metrics: Metrics) -> None:
+        now = time.monotonic()
+        if run.last_s:
+            metrics.inter_token_latency.observe(now - run.last_s)
+        else:
+            run.first_s = now
+            if self.ttft_s is None:
+                self.ttft_s = now - self.arrival_s
+            metrics.time_to_first_token.observe(now - self.arrival_s)
+        run.last_s = now
+
+    def _note_end(self, run: _Run, reason: str, metrics: Metrics) -> None:
+        num_tokens = run.choice.num_tokens
+        metrics.finished[reason] += 1
+        metrics.e2e_latency.observe(run.last_s - self.arrival_s)
+        metrics.prompt_tokens.observe(len(run.request.prompt_token_ids))
+        metrics.generation_tokens.observe(num_tokens)
+        if num_tokens > 1:
+            metrics.time_per_output_token.observe((run.last_s - run.first_s) / (num_tokens - 1))
+
+
+def _check_tokens(token_ids: list[int], vocab_size: int) -> None:
+    if not token_ids:
+        raise InvalidRequest("the prompt has no tokens", param="prompt")
+    if max(token_ids) >= vocab_size or min(token_ids) < 0:
+        raise InvalidRequest(f"a token id of the prompt is outside the vocabulary of {vocab_size} tokens", param="prompt")

@@ -1,0 +1,76 @@
+"""The parameters of a generation request: their types, bounds and meaning, once for all frontends.
+
+The annotated aliases are what each frontend's schema is made of, so parsing, bounds and documentation cannot drift
+apart. `RequestOptions` is what the frontends hand to `sampling.resolve`. `None` always means "not given".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+MAX_CHOICES = 128
+"""Upper bound of `n`."""
+MAX_SEQUENCES = 1024
+"""Upper bound of prompts times `n` in one request."""
+MAX_PROMPTS = 1024
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGPROBS = 20
+MAX_TOKENS = 2**31 - 1
+
+MaxTokens = Annotated[
+    int, Meta(ge=1, le=MAX_TOKENS, description="Most tokens to generate. Prompt and this together must fit the context.")
+]
+MaxTokensOrZero = Annotated[
+    int,
+    Meta(ge=0, le=MAX_TOKENS, description="Most tokens to generate, 16 when absent; 0 only scores or echoes the prompt."),
+]
+Temperature = Annotated[float, Meta(ge=0, le=2, description="0 is greedy; higher values flatten the distribution.")]
+TopP = Annotated[float, Meta(ge=0, le=1, description="Sample from the smallest set of tokens with this probability.")]
+TopK = Annotated[int, Meta(ge=-1, le=MAX_TOKENS, description="Sample from the k most likely tokens; 0 and -1 keep all.")]
+MinP = Annotated[float, Meta(ge=0, le=1, description="Drop tokens less likely than this share of the most likely one.")]
+NumChoices = Annotated[
+    int, Meta(ge=1, le=MAX_CHOICES, description="Answers for each prompt; choice i samples with seed + i.")
+]
+Seed = Annotated[
+    int, Meta(ge=-(2**63), le=2**63 - 1, description="The same seed, prompt and parameters give the same tokens.")
+]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+StopStrings = Annotated[
+    list[StopString], Meta(max_length=MAX_STOP_STRINGS, description="Generation ends where one of these begins.")
+]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+StopTokenIds = Annotated[
+    list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS, description="Tokens that end generation as the end token does.")
+]
+NumLogprobs = Annotated[
+    int, Meta(ge=0, le=MAX_LOGPROBS, description="Report the sampled token's log-probability and this many likeliest.")
+]
+NumPromptLogprobs = Annotated[
+    int, Meta(ge=0, le=MAX_LOGPROBS, description="The same for every prompt token but the first.")
+]
+
+
+class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client asked for, in bounds but without the model's defaults."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    include_stop: bool = False
+    """Leave the stop string or stop token in the text."""
+    skip_special: bool = True
+    """Leave control tokens out of the text."""
