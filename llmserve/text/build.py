@@ -1,7 +1,8 @@
 """Builds the `tokenizers` objects of a checkpoint, from its `tokenizer.json` or from a GGUF vocabulary.
 
-Owns the pair of encoders: `plain` never sees control tokens in text, `control` does. They share one model (vocabulary
-and merges), so the pair costs no more than one. Invariant: both give every added token the same id.
+Owns the encoders: `plain` never sees control tokens in text, `control` does, `chat` does too and drops `CONTROL_BREAK`.
+They share one model (vocabulary and merges), so three cost no more than one. Invariant: all give every added token the
+same id.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
 @dataclass(frozen=True, slots=True)
 class Encoders:
-    """The two encoders of one vocabulary and what the checkpoint's format says about their use."""
+    """The encoders of one vocabulary and what the checkpoint's format says about their use."""
 
     plain: Tokenizer
     control: Tokenizer
+    chat: Tokenizer
     byte_level: bool
     """Tokens are spelled in the byte alphabet; otherwise in SentencePiece's way."""
     strips_first_space: bool
@@ -53,7 +55,7 @@ def _from_json(assets: TextAssets) -> Encoders:
     if not byte_level and "ByteFallback" not in decoder and "Metaspace" not in decoder:
         raise CheckpointError(f"{assets.tokenizer_json}: decoder {decoder} is not supported yet")
     strips = not byte_level and ("Strip" in decoder or "Metaspace" in decoder)
-    return _pair(control, byte_level=byte_level, strips_first_space=strips)
+    return _encoders(control, byte_level=byte_level, strips_first_space=strips)
 
 
 def _from_gguf(assets: TextAssets) -> Encoders:
@@ -72,7 +74,7 @@ def _from_gguf(assets: TextAssets) -> Encoders:
     if spec.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens(_added_tokens(assets))
-    return _pair(tokenizer, byte_level=True, strips_first_space=False)
+    return _encoders(tokenizer, byte_level=True, strips_first_space=False)
 
 
 def _added_tokens(assets: TextAssets) -> list[AddedToken]:
@@ -84,18 +86,23 @@ def _added_tokens(assets: TextAssets) -> list[AddedToken]:
     ]
 
 
-def _pair(control: Tokenizer, *, byte_level: bool, strips_first_space: bool) -> Encoders:
-    added = control.get_added_tokens_decoder()
-    plain = Tokenizer(control.model)
-    plain.normalizer = control.normalizer
-    plain.pre_tokenizer = control.pre_tokenizer
-    plain.post_processor = control.post_processor
-    plain.decoder = control.decoder
-    plain.add_tokens([added[i] for i in sorted(added)])
-    if plain.get_added_tokens_decoder().keys() != added.keys():  # ids with gaps cannot be given by hand
-        plain = Tokenizer.from_str(control.to_str())
+def _encoders(control: Tokenizer, *, byte_level: bool, strips_first_space: bool) -> Encoders:
+    plain, chat = _twin(control), _twin(control)
     plain.encode_special_tokens = True
-    dropped = normalizers.Replace(CONTROL_BREAK, "")
     own = [control.normalizer] if control.normalizer is not None else []
-    control.normalizer = normalizers.Sequence([dropped, *own])
-    return Encoders(plain, control, byte_level, strips_first_space, added)
+    chat.normalizer = normalizers.Sequence([normalizers.Replace(CONTROL_BREAK, ""), *own])
+    added = control.get_added_tokens_decoder()
+    return Encoders(plain, control, chat, byte_level, strips_first_space, added)
+
+
+def _twin(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer with settings of its own over the same model."""
+    added = tokenizer.get_added_tokens_decoder()
+    twin = Tokenizer(tokenizer.model)
+    twin.normalizer = tokenizer.normalizer
+    twin.pre_tokenizer = tokenizer.pre_tokenizer
+    twin.post_processor = tokenizer.post_processor
+    twin.decoder = tokenizer.decoder
+    twin.add_tokens([added[i] for i in sorted(added)])
+    assert twin.get_added_tokens_decoder().keys() == added.keys()  # the library numbers them by vocabulary and order
+    return twin

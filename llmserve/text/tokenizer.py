@@ -27,6 +27,7 @@ class Tokenizer:
     def __init__(self, assets: TextAssets, encoders: Encoders) -> None:
         self._plain = encoders.plain
         self._control = encoders.control
+        self._chat = encoders.chat
         self._spell = byte_level_bytes if encoders.byte_level else sentencepiece_bytes
         self._strips_first_space = encoders.strips_first_space
         self._added_bytes = {i: token.content.encode() for i, token in encoders.added.items()}
@@ -54,7 +55,7 @@ class Tokenizer:
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Ids of a rendered chat template: control tokens are read as such, BOS comes first once, never twice."""
-        ids = self._ids(self._control, rendered)
+        ids = self._ids(self._chat, rendered)
         bos = self.bos_id
         if bos is None:
             return ids
@@ -100,10 +101,10 @@ class Tokenizer:
     def _frame(self, assets: TextAssets) -> tuple[list[int], list[int]]:
         """What goes before and after a text: by a tokenizer.json's post-processor, or by a GGUF file's flags."""
         if assets.tokenizer_json is not None:
-            probe = self._plain.encode("x", add_special_tokens=True)
-            special = probe.special_tokens_mask
-            first, last = special.index(0), len(special) - special[::-1].index(0)
-            return probe.ids[:first], probe.ids[last:]
+            bare, framed = (self._plain.encode("x", add_special_tokens=special).ids for special in (False, True))
+            starts = range(len(framed) - len(bare), -1, -1)
+            first = next(start for start in starts if framed[start : start + len(bare)] == bare)
+            return framed[:first], framed[first + len(bare) :]
         spec = PRE_TOKENIZERS.get(assets.pre)
         add_bos = assets.add_bos if assets.add_bos is not None else spec is not None and spec.add_bos
         prefix = [self.bos_id] if add_bos and self.bos_id is not None else []
