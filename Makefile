@@ -1,0 +1,148 @@
+# One place for what people and CI run. Each target is idempotent: stamp files remember what is done.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+MODEL ?= smollm2
+HOST ?= 127.0.0.1
+PORT ?= 8000
+PROMPT ?= Explain in two sentences why the sky is blue.
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+# cmake, ninja and setuptools live apart: the environment that serves stays small.
+BUILD_BIN := .venv-build/bin
+PIP := -m pip --disable-pip-version-check --quiet
+LOCKED := $(PIP) install --require-hashes --no-deps -r
+CPP_SOURCES := $(shell find csrc -type f 2>/dev/null)
+CMAKE := PATH="$(CURDIR)/$(BUILD_BIN):$$PATH" cmake
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: MODEL=$(MODEL) HOST=$(HOST) PORT=$(PORT) PYTHON=$(PYTHON)"
+
+# --- build -----------------------------------------------------------------------------------------------------------
+
+.PHONY: build
+build: .venv/.stamp-package ## make .venv, install the locked dependencies, build the extension
+
+.venv/.stamp-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmserve needs Python 3.11 or newer; set PYTHON=")'
+	@command -v c++ >/dev/null || { echo "llmserve needs a C++20 compiler (Debian: apt install g++)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.stamp-runtime: requirements/runtime.txt .venv/.stamp-python
+	@echo "installing the locked dependencies into .venv"
+	@$(BIN)/python $(LOCKED) requirements/runtime.txt
+	@touch $@
+
+.venv-build/.stamp: requirements/build.txt .venv/.stamp-python
+	@echo "installing the locked build tools into .venv-build"
+	@test -x $(BUILD_BIN)/python || $(BIN)/python -m venv .venv-build
+	@$(BUILD_BIN)/python $(LOCKED) requirements/build.txt
+	@touch $@
+
+build/.stamp-extension: $(CPP_SOURCES) CMakeLists.txt setup.py .venv-build/.stamp
+	@echo "building the extension llmserve._C"
+	@$(BUILD_BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# An editable wheel made by the build environment, so that .venv needs no build tools.
+.venv/.stamp-package: pyproject.toml build/.stamp-extension .venv/.stamp-runtime
+	@mkdir -p build/editable && rm -f build/editable/*.whl
+	@$(BUILD_BIN)/python -c "import setuptools.build_meta as m; m.build_editable('build/editable')" >build/editable.log 2>&1 \
+		|| { cat build/editable.log >&2; exit 1; }
+	@$(BIN)/python $(PIP) install --no-deps --no-index --force-reinstall build/editable/*.whl
+	@touch $@
+
+.venv/.stamp-dev: requirements/dev.txt .venv/.stamp-package
+	@echo "installing the locked test and check tools into .venv"
+	@$(BIN)/python $(LOCKED) requirements/dev.txt
+	@touch $@
+
+.PHONY: dev
+dev: .venv/.stamp-dev ## build, and install the tools that test and check need
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+.PHONY: serve
+serve: build ## serve MODEL over OpenAI-compatible HTTP on HOST:PORT
+	@exec $(BIN)/llmserve serve $(MODEL) --host $(HOST) --port $(PORT)
+
+.PHONY: demo
+demo: build ## from nothing to one streamed answer of MODEL to PROMPT
+	@$(BIN)/llmserve chat $(MODEL) --prompt "$(PROMPT)"
+
+# --- test ------------------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: dev test-cpp ## C++ tests under sanitizers, then pytest; ends with the list of skips and their reasons
+	@$(BIN)/python -m pytest -q -rs $(PYTEST_ARGS)
+
+.PHONY: test-cpp
+test-cpp: .venv-build/.stamp ## C++ tests under ASan + UBSan (all ISA levels) and TSan (scalar)
+	@for preset in asan tsan; do \
+		echo "C++ tests: $$preset"; \
+		$(CMAKE) --preset $$preset >build/$$preset.log || { cat build/$$preset.log; exit 1; }; \
+		$(CMAKE) --build build/$$preset -j "$$(nproc)" >build/$$preset.log || { cat build/$$preset.log; exit 1; }; \
+		build/$$preset/llmserve_tests; \
+	done
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+.PHONY: check
+check: dev check-python check-cpp check-wheel ## format, lint, types, import contracts, size, ISA symbols, wheel
+
+.PHONY: check-python
+check-python: dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python scripts/check_size.py
+
+.PHONY: check-cpp
+check-cpp: dev
+	@$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+	@$(BIN)/python scripts/check_isa_symbols.py
+
+.PHONY: wheel
+wheel: .venv-build/.stamp ## build the wheel into dist/
+	@rm -rf dist && $(BUILD_BIN)/python $(PIP) wheel . --no-build-isolation --no-deps -w dist
+
+.PHONY: check-wheel
+check-wheel: wheel .venv/.stamp-python
+	@$(BIN)/python scripts/check_wheel.py dist/*.whl $(BIN)/python
+
+.PHONY: format
+format: dev ## format Python and C++ in place
+	@$(BIN)/ruff check --quiet --fix-only . ; $(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# --- GPU, benchmarks, reference --------------------------------------------------------------------------------------
+
+HAS_GPU = nvidia-smi -L >/dev/null 2>&1
+HAS_FILES = compgen -G "$(1)" >/dev/null
+
+.PHONY: gpu-test
+gpu-test: dev ## tests that need an NVIDIA GPU
+	@if ! $(HAS_GPU); then echo "skipped: no NVIDIA GPU (nvidia-smi finds none)"; \
+	elif ! $(call HAS_FILES,tests/gpu/test_*.py); then echo "skipped: there are no GPU tests"; \
+	else $(BIN)/python -m pytest -q -rs -m gpu tests/gpu; fi
+
+.PHONY: reference-env
+reference-env: ## build .venv-reference: torch and transformers, which golden values come from
+	@test -x .venv-reference/bin/python || $(PYTHON) -m venv .venv-reference
+	@.venv-reference/bin/python $(PIP) install -r requirements/reference.in
+
+.PHONY: lock
+lock: ## write requirements/*.txt anew (needs uv)
+	@scripts/lock.sh
+
+.PHONY: clean
+clean: ## remove build outputs, keep the environments
+	@rm -rf build dist llmserve/*.so llmserve.egg-info
