@@ -1,0 +1,125 @@
+"""`open_checkpoint`: a GGUF file or a Hugging Face folder as configuration plus tensors by canonical name.
+
+Invariants: opening reads headers only; tensor bytes stay in the mapped files; a checkpoint that opens has consistent
+shapes and no tensor whose meaning is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmserve.checkpoints import gguf, gguf_config, hf_config, names, safetensors
+from llmserve.checkpoints.mapping import MappedFile
+from llmserve.checkpoints.shapes import check_biases, check_shapes
+from llmserve.config import ModelConfig
+from llmserve.errors import CheckpointError, ModelNotFound
+from llmserve.types import CheckpointTensor
+
+
+class Checkpoint(Protocol):
+    """An opened checkpoint. Tensors are views of mapped files."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def tensors(self) -> Mapping[str, CheckpointTensor]:
+        """By canonical name (see `checkpoints.names`)."""
+        ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        ...
+
+    def close(self) -> None:
+        """Forget the tensors. A mapping goes when the last tensor taken from it does."""
+        ...
+
+
+@dataclass(slots=True)
+class FileCheckpoint:
+    """The one implementation: any number of mapped files."""
+
+    path: Path
+    config: ModelConfig
+    tensors: dict[str, CheckpointTensor]
+    files: list[MappedFile] = field(repr=False)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+
+    def close(self) -> None:
+        self.tensors = {}
+        for file in self.files:
+            file.close()
+        self.files = []
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a GGUF file, or a folder with `config.json` and `*.safetensors`.
+
+    Raises `ModelNotFound` if there is nothing at `path`, `CheckpointError` if it is broken or not supported.
+    """
+    if not path.exists():
+        raise ModelNotFound(f"{path}: no such file or folder")
+    files: list[MappedFile] = []
+    try:
+        return _open_folder(path, files) if path.is_dir() else _open_gguf(path, files)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+def _open_gguf(path: Path, files: list[MappedFile]) -> FileCheckpoint:
+    file = MappedFile(path)
+    files.append(file)
+    header = gguf.read_header(file, vocabulary=False)
+    config = gguf_config.model_config(file, header)
+    tensors: dict[str, CheckpointTensor] = {}
+    for info in header.tensors.values():
+        name = names.from_gguf(info.name)
+        if name is None:
+            raise CheckpointError(f"{path}: tensor {info.name} is not known to architecture {config.architecture}")
+        data = file.data[info.start : info.start + info.num_bytes]
+        tensors[name] = CheckpointTensor(name, info.dtype, info.shape, data)
+    check_shapes(path, config, tensors)
+    check_biases(path, config, tensors)
+    return FileCheckpoint(path, config, tensors, files)
+
+
+def _open_folder(path: Path, files: list[MappedFile]) -> FileCheckpoint:
+    values = read_config(path)
+    config = hf_config.model_config(values, path / "config.json")
+    tensors: dict[str, CheckpointTensor] = {}
+    for source, located in safetensors.read_folder(path, files).items():
+        name = names.from_hf(source)
+        if name is None and names.is_ignored_hf(source):
+            continue
+        if name is None:
+            raise CheckpointError(f"{path}: tensor {source} is not known to architecture {config.architecture}")
+        tensors[name] = CheckpointTensor(name, located.dtype, located.shape, located.data)
+    if config.tie_word_embeddings:
+        tensors.pop("head", None)  # some exporters store the shared matrix twice
+    check_shapes(path, config, tensors)
+    check_biases(path, config, tensors, hf_config.bias_parts(values, path / "config.json"))
+    return FileCheckpoint(path, config, tensors, files)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a folder."""
+    path = folder / "config.json"
+    if not path.exists():
+        found = sorted(folder.glob("*.gguf"))
+        hint = f"; did you mean {found[0]}?" if found else ""
+        raise CheckpointError(f"{folder}: no config.json in this folder{hint}")
+    values: dict[str, Any] = safetensors.decode_json(path, path.read_bytes(), dict[str, Any])
+    return values

@@ -1,0 +1,26 @@
+"""Element types of checkpoint tensors and the bytes they take.
+
+Invariant: a type is either in `BLOCKS`, and then every reader and executor knows it, or it is refused at opening.
+"""
+
+from __future__ import annotations
+
+import math
+
+BLOCKS: dict[str, tuple[int, int]] = {
+    "f32": (1, 4),
+    "f16": (1, 2),
+    "bf16": (1, 2),
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q8_0": (32, 34),
+}
+"""dtype → (elements of a block, bytes of a block). Blocks lie along the last axis."""
+
+SUPPORTED = ", ".join(BLOCKS)
+
+
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor. `shape[-1]` must be a multiple of the block."""
+    elements, size = BLOCKS[dtype]
+    return math.prod(shape) // elements * size

@@ -1,0 +1,164 @@
+"""The local store of pulled files: content-addressed blobs and views that hard-link them.
+
+    $LLMSERVE_HOME/blobs/sha256/ab/abcd…        one copy of each content, mode 0444
+    $LLMSERVE_HOME/views/<model>/<version>/…    the names that loaders want
+    $LLMSERVE_HOME/views/<model>/index.json     what was pulled, with hashes and sizes
+
+Invariants: a blob appears under its name only when it is complete and on disk (written aside, fsync, rename); the index
+is replaced in one step; nothing in the store changes once it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+import msgspec
+
+from llmserve.errors import CheckpointError
+
+Progress = Callable[[str, int, int], None]
+"""Told `(phase, done, total)`; both counts in bytes, total 0 when unknown."""
+
+_CHUNK_BYTES = 4 << 20
+_SPARE_BYTES = 64 << 20
+
+
+class StoredFile(msgspec.Struct, frozen=True):
+    """A file of a version."""
+
+    sha256: str
+    num_bytes: int
+
+
+class StoredVersion(msgspec.Struct, frozen=True):
+    """One pulled version. `entry` is what is opened, relative to the version's folder; empty for the folder itself."""
+
+    source: str
+    entry: str
+    files: dict[str, StoredFile]
+
+
+class _Index(msgspec.Struct):
+    latest: str = ""
+    versions: dict[str, StoredVersion] = {}
+
+
+class Store:
+    """The store under one home folder. Several processes may use it at once."""
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.home = home or Path(os.environ.get("LLMSERVE_HOME") or "~/.llmserve").expanduser()
+
+    def find(self, model: str, version: str = "") -> Path | None:
+        """Path of a pulled version (the latest one when none is named), or None if it is not there in full."""
+        index = self._read_index(model)
+        stored = index.versions.get(version or index.latest)
+        if stored is None:
+            return None
+        folder = self._view(model, version or index.latest)
+        complete = all(_has_size(folder / name, file.num_bytes) for name, file in stored.files.items())
+        return folder / stored.entry if complete else None
+
+    def add_version(self, model: str, version: str, stored: StoredVersion) -> Path:
+        """Link a version's blobs into its view, make it the latest one, return the path to open."""
+        folder = self._view(model, version)
+        for name, file in stored.files.items():
+            _link(self._blob(file.sha256), folder / safe_relative(name))
+        index = self._read_index(model)
+        index = _Index(latest=version, versions={**index.versions, version: stored})
+        with self.scratch() as scratch:
+            (scratch / "index.json").write_bytes(msgspec.json.format(msgspec.json.encode(index)))
+            os.replace(scratch / "index.json", self.home / "views" / model / "index.json")
+        return folder / stored.entry
+
+    def add_blob(self, stream: IO[bytes], on_bytes: Callable[[int], None]) -> StoredFile:
+        """Copy a stream into the store, hashing on the way. `on_bytes` is told the size of each chunk."""
+        digest, num_bytes = hashlib.sha256(), 0
+        with self.scratch() as scratch:
+            with (scratch / "blob").open("wb") as out:
+                while chunk := stream.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    out.write(chunk)
+                    num_bytes += len(chunk)
+                    on_bytes(len(chunk))
+                out.flush()
+                os.fsync(out.fileno())
+                os.fchmod(out.fileno(), 0o444)
+            target = self._blob(digest.hexdigest())
+            if not _has_size(target, num_bytes):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(scratch / "blob", target)
+                _sync_folder(target.parent)
+        return StoredFile(digest.hexdigest(), num_bytes)
+
+    def check_space(self, num_bytes: int) -> None:
+        """Raise `CheckpointError` if `num_bytes` more would not fit."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.home).free
+        if free < num_bytes + _SPARE_BYTES:
+            needed, left = (num_bytes + _SPARE_BYTES) >> 20, free >> 20
+            raise CheckpointError(f"{self.home}: {needed} MiB are needed and {left} MiB are free (see LLMSERVE_HOME)")
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A temporary folder on the store's own file system, removed afterwards."""
+        (self.home / "tmp").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.home / "tmp") as name:
+            yield Path(name)
+
+    def _blob(self, sha256: str) -> Path:
+        return self.home / "blobs" / "sha256" / sha256[:2] / sha256
+
+    def _view(self, model: str, version: str) -> Path:
+        return self.home / "views" / model / version
+
+    def _read_index(self, model: str) -> _Index:
+        path = self.home / "views" / model / "index.json"
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=_Index)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return _Index()  # never pulled, or a damaged index: pull again
+
+
+def safe_relative(name: str) -> str:
+    """`name` if it is a plain relative path. Raises `CheckpointError` for anything that could leave its folder."""
+    path = PurePosixPath(name)
+    unsafe = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name
+    if unsafe or not path.parts or str(path) != name:
+        raise CheckpointError(f"the file name {name!r} is not a plain relative path")
+    return name
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    try:
+        return path.stat().st_size == num_bytes
+    except OSError:
+        return False
+
+
+def _link(blob: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.samefile(blob):
+        return
+    path.unlink(missing_ok=True)
+    try:
+        os.link(blob, path)
+    except FileExistsError:
+        return  # another process pulls the same content
+    except OSError:
+        shutil.copyfile(blob, path)  # a file system without hard links
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
