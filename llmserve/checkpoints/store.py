@@ -123,7 +123,7 @@ class Store:
         path = self.home / "views" / model / "index.json"
         try:
             return msgspec.json.decode(path.read_bytes(), type=_Index)
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return _Index()  # never pulled, or a damaged index: pull again
 
 
