@@ -65,8 +65,10 @@ class Detokenizer:
         data = b"" if token_id in self._skipped else self._token_bytes(token_id)
         text = self._utf8.decode(data)
         self._num_decoded += len(text)
-        unfinished = bool(self._utf8.getstate()[0])  # its character is the next one to appear
-        self._ends.append(self._num_decoded + unfinished)
+        unfinished = self._utf8.getstate()[0]
+        # One character, or more where the codec waits with bytes that can no longer become one (ED A0 … ED BF).
+        num_to_come = len(unfinished.decode("utf-8", "replace")) if unfinished else 0
+        self._ends.append(self._num_decoded + num_to_come)
         return text
 
     def _send(self, new: str, *, final: bool) -> str:

@@ -52,6 +52,7 @@ def test_deltas_join_to_the_cut_whole(
 
 
 @given(st.lists(TOKEN_IDS, max_size=40), STOPS)
+@example([BYTE_IDS[b"\xed"], BYTE_IDS[b"\xac"], BYTE_IDS[b"\xe2"]], ["\ufffda"])
 def test_pending_tokens_are_those_not_sent_in_full(ids: list[int], stops: list[str]) -> None:
     stream = Detokenizer(TOKENIZER, stop=stops, skip_special=False)
     sent, text_of = "", TOKENIZER.decode(ids, skip_special=False)
@@ -63,6 +64,7 @@ def test_pending_tokens_are_those_not_sent_in_full(ids: list[int], stops: list[s
         assert 0 <= done <= count
         released = TOKENIZER.decode(ids[:done], skip_special=False)
         assert len(released) <= len(sent)
+        assert len(sent) < len(TOKENIZER.decode(ids[:count], skip_special=False)) or stream.pending_tokens == 0
         assert text_of.startswith(sent)
     stream.finish()
     assert stream.stopped is not None or stream.pending_tokens == 0
