@@ -58,7 +58,7 @@ def test_vocabulary_of_the_default_model(model: Path, oracle: gguf.GGUFReader) -
 
 
 def test_opening_is_fast(model: Path) -> None:
-    """On the way to the first token. Measured on two cores: 10 ms and 28 ms; the bounds leave room for a busy machine."""
+    """On the way to the first token. Measured on two cores: 10 ms and 28 ms; the bounds allow for a busy machine."""
     assert _best(lambda: open_checkpoint(model).close()) < 0.06
     assert _best(lambda: open_text(model)) < 0.10
 
