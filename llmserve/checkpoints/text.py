@@ -59,7 +59,7 @@ def _open_gguf(path: Path) -> TextAssets:
         unk_id=unk,
         pad_id=pad,
         extra_eog_ids=tuple(token for token in extra if token is not None and token != eos),
-        add_bos=fields.flag("tokenizer.ggml.add_bos_token", default=False),
+        add_bos=_optional_flag(fields, "tokenizer.ggml.add_bos_token"),
         add_eos=fields.flag("tokenizer.ggml.add_eos_token", default=False),
         add_space_prefix=fields.flag("tokenizer.ggml.add_space_prefix", default=False),
         special_tokens={name: tokens[token] for name, token in special.items() if token is not None},
@@ -79,6 +79,10 @@ def _gguf_id(fields: Fields, name: str, num_tokens: int) -> int | None:
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < num_tokens:
         raise fields.fail(f"{key} {token!r} is outside the vocabulary of {num_tokens} tokens")
     return token
+
+
+def _optional_flag(fields: Fields, key: str) -> bool | None:
+    return fields.flag(key, default=False) if fields.has(key) else None
 
 
 def _optional_size(fields: Fields, key: str) -> int:
@@ -113,7 +117,7 @@ def _open_folder(path: Path) -> TextAssets:
         unk_id=ids.get(special.get("unk_token", "")),
         pad_id=ids.get(special.get("pad_token", "")),
         extra_eog_ids=tuple(token for token in eog if token != eos_id),
-        add_bos=fields.flag("add_bos_token", default=False),
+        add_bos=_optional_flag(fields, "add_bos_token"),
         add_eos=fields.flag("add_eos_token", default=False),
         add_space_prefix=fields.flag("add_prefix_space", default=False),
         special_tokens=special,

@@ -40,6 +40,7 @@ def test_text_of_a_gguf_file(tmp_path: Path) -> None:
 def test_missing_fields_keep_their_defaults(tmp_path: Path) -> None:
     text = open_text(write_gguf(tmp_path / "m.gguf"))
     assert (text.chat_template, text.scores, text.extra_eog_ids, text.generation_config) == (None, [], (), {})
+    assert text.add_bos is None
 
 
 def test_token_id_outside_the_vocabulary(tmp_path: Path) -> None:
