@@ -1,8 +1,8 @@
 """Every metric that a server exports, with the names that dashboards for `vllm:` metrics already read.
 
-Owns the names, the help texts and the buckets. Invariants: no global state (each `Metrics` has its own registry); labels
-are bounded (`model_name`, finish reason, route, status), never users; recording costs well under a microsecond, for
-prometheus-client is asked only when `/metrics` is read, and imported then.
+Owns the names, the help texts and the buckets. Invariants: no global state (each `Metrics` has its own registry);
+labels are bounded (`model_name`, finish reason, route, status), never users; recording costs well under a
+microsecond, for prometheus-client is asked only when `/metrics` is read, and imported then.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
 TTFT_BUCKETS_S = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
-    640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
 )  # fmt: skip
 TOKEN_BUCKETS_S = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )  # fmt: skip
 REQUEST_BUCKETS_S = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
-    7680.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
 )  # fmt: skip
 LENGTH_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 """Tokens: 1, 2, 5, 10, … 500,000."""
@@ -37,11 +37,11 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 class Histogram:
     """Counts of observations by bucket; one thread writes, one thread reads."""
 
-    __slots__ = ("_bounds", "_counts", "_sum", "help", "name")
+    __slots__ = ("_bounds", "_counts", "_sum", "name", "text")
 
-    def __init__(self, name: str, help: str, bounds: tuple[float, ...]) -> None:
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
         self.name = name
-        self.help = help
+        self.text = text
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
@@ -132,7 +132,7 @@ class Metrics:
             finished.add_metric((self.model_name, reason), count)
         yield finished
         for histogram in self.histograms():
-            family = HistogramMetricFamily(histogram.name, histogram.help, labels=("model_name",))
+            family = HistogramMetricFamily(histogram.name, histogram.text, labels=("model_name",))
             buckets, total = histogram.cumulative()
             family.add_metric((self.model_name,), buckets, total)
             yield family
@@ -150,12 +150,12 @@ class Metrics:
         info, stats = known if known is not None else (None, EngineStats())
         label = (self.model_name,)
         usage = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
-        for name, help, value in (
+        for name, text, value in (
             ("vllm:num_requests_running", "Sequences in the running batch.", stats.num_running),
             ("vllm:num_requests_waiting", "Sequences waiting to be admitted.", stats.num_waiting),
             ("vllm:kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.", usage),
         ):
-            gauge = GaugeMetricFamily(name, help, labels=("model_name",))
+            gauge = GaugeMetricFamily(name, text, labels=("model_name",))
             gauge.add_metric(label, value)
             yield gauge
         config = GaugeMetricFamily(
@@ -164,11 +164,11 @@ class Metrics:
         if info is not None:
             config.add_metric((self.model_name, str(info.block_size), str(info.num_blocks)), 1)
         yield config
-        for name, help, value in (
+        for name, text, value in (
             ("vllm:prompt_tokens", "Prompt tokens computed.", stats.num_prompt_tokens),
             ("vllm:generation_tokens", "Tokens generated.", stats.num_generation_tokens),
             ("vllm:num_preemptions", "Sequences preempted.", stats.num_preemptions),
         ):
-            counter = CounterMetricFamily(name, help, labels=("model_name",))
+            counter = CounterMetricFamily(name, text, labels=("model_name",))
             counter.add_metric(label, value)
             yield counter

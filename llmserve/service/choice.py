@@ -1,8 +1,8 @@
 """One choice of an answer: tokens in, safe text out.
 
-Owns the detokenizer of one sequence and what is held back with its text. Invariants: log-probabilities and token ids travel
-with the event that releases the last of their text; entries of which a stop string left no text are dropped with it; the
-text of all deltas together is the text of the answer.
+Owns the detokenizer of one sequence and what is held back with its text. Invariants: log-probabilities and token ids
+travel with the event that releases the last of their text; entries of which a stop string left no text are dropped
+with it; the text of all deltas together is the text of the answer.
 """
 
 from __future__ import annotations

@@ -171,10 +171,10 @@ class Generation:
                 if isinstance(event, Exception):
                     raise event
                 run = event[0]
-                if run.choice.finished:
+                if _finished(run):
                     continue  # what was under way when a stop string ended it
                 yield event
-                if run.choice.finished:
+                if _finished(run):
                     num_open -= 1
                     tasks[id(run)].cancel()
         finally:
@@ -189,7 +189,7 @@ class Generation:
                 async for output in stream:
                     ended = output.finish_reason is not None
                     queue.put_nowait((run, output))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again by the reader of the queue
             queue.put_nowait(error)
             return
         if not ended:
@@ -216,8 +216,14 @@ class Generation:
             metrics.time_per_output_token.observe((run.last_s - run.first_s) / (num_tokens - 1))
 
 
+def _finished(run: _Run) -> bool:
+    return run.choice.finished
+
+
 def _check_tokens(token_ids: list[int], vocab_size: int) -> None:
     if not token_ids:
         raise InvalidRequest("the prompt has no tokens", param="prompt")
     if max(token_ids) >= vocab_size or min(token_ids) < 0:
-        raise InvalidRequest(f"a token id of the prompt is outside the vocabulary of {vocab_size} tokens", param="prompt")
+        raise InvalidRequest(
+            f"a token id of the prompt is outside the vocabulary of {vocab_size} tokens", param="prompt"
+        )

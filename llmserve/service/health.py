@@ -1,7 +1,7 @@
 """Whether this server should get traffic: a truthful answer, also while a step computes.
 
-The rule: a model is loaded, the server is not draining, and the engine is idle or made progress within N seconds. A long
-prefill keeps moving the progress counter and stays ready; a frozen engine does not.
+The rule: a model is loaded, the server is not draining, and the engine is idle or made progress within N seconds. A
+long prefill keeps moving the progress counter and stays ready; a frozen engine does not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`ServedModel`: one model as the frontends see it: its name, its text side and the client of its engine.
 
-Invariants: the text side and the engine load at the same time, in `start`; whatever needs one of them before it is there
-raises NotReady, which is how a server answers while it loads.
+Invariants: the text side and the engine load at the same time, in `start`; whatever needs one of them before it is
+there raises NotReady, which is how a server answers while it loads.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmserve.client.protocol import EngineClient
@@ -29,7 +29,7 @@ class ModelText:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None = None
     """None: the model has none, so chat requests are refused."""
-    defaults: GenerationDefaults = GenerationDefaults()
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 
 def load_model_text(path: Path, *, chat_template: str = "", generation_defaults: bool = True) -> ModelText:

@@ -23,15 +23,20 @@ MAX_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
 
 MaxTokens = Annotated[
-    int, Meta(ge=1, le=MAX_TOKENS, description="Most tokens to generate. Prompt and this together must fit the context.")
+    int,
+    Meta(ge=1, le=MAX_TOKENS, description="Most tokens to generate. Prompt and this together must fit the context."),
 ]
 MaxTokensOrZero = Annotated[
     int,
-    Meta(ge=0, le=MAX_TOKENS, description="Most tokens to generate, 16 when absent; 0 only scores or echoes the prompt."),
+    Meta(
+        ge=0, le=MAX_TOKENS, description="Most tokens to generate, 16 when absent; 0 only scores or echoes the prompt."
+    ),
 ]
 Temperature = Annotated[float, Meta(ge=0, le=2, description="0 is greedy; higher values flatten the distribution.")]
 TopP = Annotated[float, Meta(ge=0, le=1, description="Sample from the smallest set of tokens with this probability.")]
-TopK = Annotated[int, Meta(ge=-1, le=MAX_TOKENS, description="Sample from the k most likely tokens; 0 and -1 keep all.")]
+TopK = Annotated[
+    int, Meta(ge=-1, le=MAX_TOKENS, description="Sample from the k most likely tokens; 0 and -1 keep all.")
+]
 MinP = Annotated[float, Meta(ge=0, le=1, description="Drop tokens less likely than this share of the most likely one.")]
 NumChoices = Annotated[
     int, Meta(ge=1, le=MAX_CHOICES, description="Answers for each prompt; choice i samples with seed + i.")

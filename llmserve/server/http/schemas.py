@@ -1,9 +1,9 @@
 """The request bodies of the generation endpoints.
 
-These structs are the one definition of the parameters: they drive parsing, bounds, `/openapi.json` and the support table of
-`docs/api.md`. Invariants: every optional field takes null as "not given"; a field is honoured, or marked `neutral` (only
-its neutral values are accepted, everything else is a 400 naming it), or marked `IGNORED` (harmless extras that the OpenAI
-clients send); a field that is not here is a 400 naming it.
+These structs are the one definition of the parameters: they drive parsing, bounds, `/openapi.json` and the support
+table of `docs/api.md`. Invariants: every optional field takes null as "not given"; a field is honoured, or marked
+`neutral` (only its neutral values are accepted, everything else is a 400 naming it), or marked `IGNORED` (harmless
+extras that the OpenAI clients send); a field that is not here is a 400 naming it.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class GenerationBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop_token_ids: options.StopTokenIds | None = None
     ignore_eos: Annotated[bool | None, _described("Go on after the end token.")] = None
     include_stop_str_in_output: Annotated[bool | None, _described("Leave the stop string or token in the text.")] = None
-    skip_special_tokens: Annotated[bool | None, _described("Leave control tokens out of the text; true by default.")] = (
-        None
-    )
+    skip_special_tokens: Annotated[
+        bool | None, _described("Leave control tokens out of the text; true by default.")
+    ] = None
     prompt_logprobs: options.NumPromptLogprobs | None = None
     stream: Annotated[bool | None, _described("Answer by server-sent events.")] = None
     stream_options: StreamOptions | None = None

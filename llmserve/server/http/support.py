@@ -1,5 +1,5 @@
-"""How each parameter is treated, read from the schema: the check of parameters that are not supported yet, and the table
-for the documentation."""
+"""How each parameter is treated, read from the schema: the check of parameters that are not supported yet, and the
+table for the documentation."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def support_table() -> str:
         endpoints["chat"][name] = (kind, text)
     lines = ["| parameter | chat | completions | |", "|---|---|---|---|"]
     names = dict.fromkeys((*endpoints["chat"], *endpoints["completions"]))
-    for name in sorted(names, key=lambda name: (name.strip("`"))):
+    for name in sorted(names, key=lambda name: name.strip("`")):
         cells = [endpoints[endpoint].get(name, ("–", ""))[0] for endpoint in ("chat", "completions")]
         texts = dict.fromkeys(endpoints[e][name][1] for e in endpoints if name in endpoints[e])
         lines.append(f"| {name} | {cells[0]} | {cells[1]} | {' / '.join(text for text in texts if text)} |")
