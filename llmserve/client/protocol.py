@@ -1,7 +1,7 @@
 """The seam above the engine: what every engine client offers, wherever its engine runs.
 
-Invariant: every stream that `submit` returned ends exactly once, either with an `Output` that has a `finish_reason` or by
-raising `EngineDied`.
+Invariant: every stream that `submit` returned ends exactly once, either with an `Output` that has a `finish_reason`
+or by raising `EngineDied`.
 """
 
 from __future__ import annotations
@@ -49,19 +49,22 @@ class EngineClient(Protocol):
 
     @property
     def last_progress_s(self) -> float:
-        """`time.monotonic()` at which the engine was last seen to progress; reading it looks again. Means little when idle."""
+        """`time.monotonic()` at which the engine last progressed, as far as seen; reading it looks again."""
 
     async def start(self) -> EngineInfo:
         """Load the model. Returns when ready; raises what loading raised, or `EngineDied`."""
 
     def submit(self, request: Request) -> OutputStream:
-        """Send a request; it is on its way when this returns. Raises `NotReady`, and `InvalidRequest` for an id in use."""
+        """Send a request, at once. Raises `NotReady`, and `InvalidRequest` for an id in use."""
 
     async def abort(self, request_id: str) -> None:
         """End a request with `abort`. Unknown and ended ids are ignored."""
 
     async def control(self, command: str, **args: Any) -> dict[str, Any]:
-        """Run an engine command (`stats`, `info`, `check_integrity`). Raises `InvalidRequest` for an unknown one, `EngineDied`."""
+        """Run an engine command: `stats`, `info`, `check_integrity`.
+
+        Raises `InvalidRequest` for an unknown one, `NotReady`, `EngineDied`.
+        """
 
     async def stop(self) -> None:
         """Abort what is left and end the engine. Harmless when called again."""

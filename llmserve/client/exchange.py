@@ -1,0 +1,158 @@
+"""The frontend's half of the talk with one engine: open streams, unanswered commands, last statistics.
+
+Invariants: a request has an entry from `submit` until its terminal output or `fail_all`, also when its reader has
+left; every stream ends once. All methods run on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Self
+
+from llmserve.client.wire import Abort, Control, ControlReply, StepMessage, Submit, ToEngine, restore_error
+from llmserve.errors import InvalidRequest, LLMServeError
+from llmserve.types import EngineStats, Output, Request
+
+
+class RequestStream:
+    """The outputs of one request, as `client.protocol.OutputStream` says."""
+
+    __slots__ = ("_abort", "_error", "_left", "_outputs", "_request_id", "_waiter", "ended")
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self._request_id = request_id
+        self._abort = abort
+        self._outputs: deque[Output] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: LLMServeError | None = None
+        self._left = False
+        self.ended = False
+        """Whether nothing more will arrive."""
+
+    def push(self, output: Output) -> None:
+        """Take an output from the engine."""
+        self.ended = output.finish_reason is not None
+        if not self._left:
+            self._outputs.append(output)
+            self._wake()
+
+    def fail(self, error: LLMServeError) -> None:
+        """End the stream with an error, after the outputs that have arrived."""
+        self.ended = True
+        self._error = error
+        self._wake()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Output:
+        while not self._outputs:
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            if self.ended or self._left:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                await self.aclose()
+                raise
+        return self._outputs.popleft()
+
+    async def aclose(self) -> None:
+        """Leave; the request is aborted unless it has ended."""
+        if not self._left:
+            self._left = True
+            self._outputs.clear()
+            self._error = None
+            if not self.ended:
+                self._abort(self._request_id)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Exchange:
+    """Matches what an engine says to who asked."""
+
+    def __init__(self, send: Callable[[ToEngine], None]) -> None:
+        self._send = send
+        self._streams: dict[str, RequestStream] = {}
+        self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._num_controls = 0
+        self.stats = EngineStats()
+        self.last_message_s = time.monotonic()
+        """When the engine last finished a step, or stopped being idle."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine holds a request."""
+        return bool(self._streams)
+
+    def submit(self, request: Request) -> RequestStream:
+        """Send a request. Raises `InvalidRequest` when its id is in use."""
+        if request.request_id in self._streams:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+        if not self._streams:
+            self.last_message_s = time.monotonic()
+        self._send(Submit(request))
+        stream = self._streams[request.request_id] = RequestStream(request.request_id, self.abort)
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """End a request; unknown and ended ids are ignored."""
+        if request_id in self._streams:
+            self._send(Abort([request_id]))
+
+    async def control(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
+        """Run an engine command. Raises what the engine raised."""
+        self._num_controls += 1
+        control_id = self._num_controls
+        reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._replies[control_id] = reply
+        self._send(Control(control_id, command, args))
+        try:
+            return await reply
+        finally:
+            self._replies.pop(control_id, None)
+
+    def receive(self, message: StepMessage | ControlReply) -> None:
+        """Take a message of the engine."""
+        if isinstance(message, ControlReply):
+            self._answer(message)
+            return
+        self.stats = message.stats
+        self.last_message_s = time.monotonic()
+        for output in message.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            stream.push(output)
+            if stream.ended:
+                del self._streams[output.request_id]
+
+    def fail_all(self, error: LLMServeError) -> None:
+        """The engine is gone: end every stream and command."""
+        streams, self._streams = self._streams, {}
+        replies, self._replies = self._replies, {}
+        for stream in streams.values():
+            stream.fail(error)
+        for reply in replies.values():
+            if not reply.done():
+                reply.set_exception(error)
+        self.stats = EngineStats()
+
+    def _answer(self, message: ControlReply) -> None:
+        reply = self._replies.get(message.control_id)
+        if reply is None or reply.done():
+            return
+        if message.error is None:
+            reply.set_result(message.result)
+        else:
+            reply.set_exception(restore_error(message.error, message.error_kind))

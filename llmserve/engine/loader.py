@@ -1,0 +1,78 @@
+"""From a configuration to a running engine: checkpoint → model → executor → KV cache → `Engine`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import cast
+
+from llmserve import checkpoints, ops
+from llmserve.config import EngineConfig, ExecutorConfig
+from llmserve.engine.engine import Engine
+from llmserve.engine.kv_cache import PagedExecutor
+from llmserve.engine.memory import available_bytes, fit_kv_cache
+from llmserve.engine.scheduler import SchedulerConfig
+from llmserve.errors import InvalidRequest
+from llmserve.models import catalog
+from llmserve.types import EngineInfo
+
+MIN_LOGIT_ROWS = 64
+"""Rows for scoring prompts even when few sequences may run."""
+
+
+def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], None]) -> Engine:
+    """Load a model. `progress(phase, done, total)` is called as it goes.
+
+    Raises `CheckpointError`, `ModelNotFound`, `OutOfMemory`, `ExtensionNotBuilt`, `InvalidRequest` (a bad option).
+    """
+    started = time.monotonic()
+    if not 1 <= config.max_num_seqs <= config.max_num_batched_tokens:
+        raise InvalidRequest(
+            f"max_num_seqs is {config.max_num_seqs}; it must lie between 1 and max_num_batched_tokens "
+            f"({config.max_num_batched_tokens})",
+            param="max_num_seqs",
+        )
+    checkpoint = checkpoints.open_checkpoint(config.model_path)
+    model = checkpoint.config
+    scheduler_config = SchedulerConfig(
+        max_num_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_logit_rows=max(config.max_num_seqs, MIN_LOGIT_ROWS),
+    )
+    executor = ops.load(config.device).build(
+        model,
+        catalog.load_model(checkpoint),
+        ExecutorConfig(
+            max_num_tokens=scheduler_config.max_num_tokens,
+            max_num_seqs=scheduler_config.max_num_seqs,
+            max_logit_rows=scheduler_config.max_logit_rows,
+            max_model_len=config.max_model_len or model.max_position,
+            block_size=config.block_size,
+            num_threads=config.num_threads,
+            exact=config.exact,
+        ),
+        progress=progress,
+    )
+    kv_plan = fit_kv_cache(
+        config,
+        max_position=model.max_position,
+        bytes_per_block=executor.kv_bytes_per_block(),
+        available=available_bytes(),
+    )
+    executor.allocate_kv(kv_plan.num_blocks)
+    info = EngineInfo(
+        model_path=str(config.model_path),
+        architecture=model.architecture,
+        vocab_size=model.vocab_size,
+        max_model_len=kv_plan.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        num_blocks=kv_plan.num_blocks,
+        block_size=config.block_size,
+        kv_cache_bytes=kv_plan.num_bytes,
+        weight_bytes=executor.weight_bytes,
+        device=config.device,
+        isa=executor.isa,
+        num_threads=executor.num_threads,
+        load_s=time.monotonic() - started,
+    )
+    return Engine(cast(PagedExecutor, executor), scheduler_config, info)

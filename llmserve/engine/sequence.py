@@ -1,0 +1,87 @@
+"""The state of one sequence in the engine.
+
+Invariants: `num_computed_tokens < num_tokens` while it lives (there is always a token to compute), and the KV blocks
+behind `block_table` cover at least `num_computed_tokens`. Only the scheduler and the engine change a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmserve.types import FinishReason, Request, SamplingParams, TokenLogprob
+
+NO_TABLE = -1
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request being generated. Prompt and generated tokens are one list."""
+
+    request_id: str
+    sampling: SamplingParams
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_num_tokens: int
+    """Length, prompt included, at which it ends with `length`."""
+    stop_token_ids: frozenset[int]
+    num_tokens: int
+    """`len(token_ids)`, kept beside it because every step reads it."""
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values lie in the cache."""
+    score_end: int = 0
+    """Prompt positions below this one need a logit row that scores their successor; 0 when nobody asked."""
+    num_scored: int = 0
+    """Prompt positions whose successor has been scored; it survives a preemption."""
+    block_table: int = NO_TABLE
+    """Handle in the block pool."""
+    num_reserved_tokens: int = 0
+    """Tokens that the reserved blocks can hold."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Collected over the chunks of the prompt, handed out with the first output."""
+    sampling_row: tuple[float, int, float, float, int, int] = field(default=(0.0, 0, 1.0, 0.0, 0, -1))
+    """temperature, top_k, top_p, min_p, seed, num_logprobs: this sequence's row of the sampling arrays."""
+
+    @classmethod
+    def of(cls, request: Request, *, max_model_len: int) -> Sequence:
+        """A fresh sequence of an admissible request (see `admission`)."""
+        sampling = request.sampling
+        num_prompt = len(request.prompt_token_ids)
+        scores = sampling.num_prompt_logprobs is not None
+        num_logprobs = -1 if sampling.num_logprobs is None else sampling.num_logprobs
+        return cls(
+            request_id=request.request_id,
+            sampling=sampling,
+            token_ids=list(request.prompt_token_ids),
+            num_prompt_tokens=num_prompt,
+            max_num_tokens=min(num_prompt + sampling.max_tokens, max_model_len),
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            num_tokens=num_prompt,
+            score_end=num_prompt - 1 if scores else 0,
+            prompt_logprobs=[] if scores else None,
+            sampling_row=(
+                sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
+                sampling.min_p,
+                sampling.seed,
+                num_logprobs,
+            ),
+        )
+
+    @property
+    def generates(self) -> bool:
+        """False for a request that only scores its prompt."""
+        return self.max_num_tokens > self.num_prompt_tokens
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take a sampled token; says whether it ended the sequence, and how."""
+        self.token_ids.append(token_id)
+        self.num_tokens += 1
+        if token_id in self.stop_token_ids:
+            return "stop"
+        return "length" if self.num_tokens >= self.max_num_tokens else None
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """The prompt's scores, once."""
+        scores, self.prompt_logprobs = self.prompt_logprobs, None
+        return None if scores is None else tuple(scores)
