@@ -129,7 +129,8 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The deltas of all choices, each choice's in order. Close it (`contextlib.aclosing`) to abort.
 
-        Raises what the engine's streams raise, and EngineFault or DeadlineExceeded when a sequence ends without an answer.
+        Raises what the engine's streams raise, and EngineFault or DeadlineExceeded when a sequence ends without an
+        answer.
         """
         metrics = self._model.metrics
         failure = "abort"

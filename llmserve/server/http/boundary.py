@@ -10,14 +10,11 @@ import logging
 import time
 from collections import Counter
 
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmserve.errors import ClientDisconnected, LLMServeError
 from llmserve.server.http.context import Exchange, new_exchange
 from llmserve.server.http.errors import (
-    MethodNotAllowed,
-    RouteNotFound,
     error_body,
     error_headers,
     error_kind,
@@ -49,7 +46,7 @@ class Boundary:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:  # noqa: BLE001 - the one place where every error ends
-            await _answer_error(_as_ours(error, scope), exchange, send_with_id)
+            await _answer_error(error, exchange, send_with_id)
         finally:
             self._note(exchange, scope)
 
@@ -60,14 +57,6 @@ class Boundary:
         level = logging.INFO if exchange.generation else logging.DEBUG
         if logger.isEnabledFor(level):
             logger.log(level, "%s", _log_line(exchange, scope["method"]))
-
-
-def _as_ours(error: Exception, scope: Scope) -> Exception:
-    if isinstance(error, HTTPException):
-        if error.status_code == 405:
-            return MethodNotAllowed(f"{scope['path']} does not take {scope['method']}")
-        return RouteNotFound(f"there is nothing at {scope['path']}")
-    return error
 
 
 async def _answer_error(error: Exception, exchange: Exchange, send: Send) -> None:

@@ -23,7 +23,11 @@ class RouteNotFound(LLMServeError):
 
 
 class MethodNotAllowed(LLMServeError):
-    """The route exists, but not with this method."""
+    """The route exists, but not with this method; `allowed` lists those it has."""
+
+    def __init__(self, message: str, *, allowed: str = "") -> None:
+        super().__init__(message)
+        self.allowed = allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,8 @@ def error_headers(error: BaseException) -> list[tuple[bytes, bytes]]:
     """The headers that go with an error besides the content's."""
     if isinstance(error, errors.Overloaded):
         return [(b"retry-after", str(max(1, round(error.retry_after_s))).encode())]
+    if isinstance(error, MethodNotAllowed):
+        return [(b"allow", error.allowed.encode())]
     if error_kind(error).status == 503:
         return [(b"retry-after", b"1")]
     return []

@@ -30,7 +30,7 @@ class EventStream:
     """Writes the events of one answer."""
 
     def __init__(self, send: Send, *, keep_alive_s: float, request_id: str) -> None:
-        """After `keep_alive_s` without an event a comment is sent, so that nothing between here and the client gives up."""
+        """After `keep_alive_s` without an event a comment is sent, so that no proxy or client gives up."""
         self._send = send
         self._keep_alive_s = keep_alive_s
         self._request_id = request_id
