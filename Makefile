@@ -17,6 +17,7 @@ BUILD_BIN := .venv-build/bin
 PIP := -m pip --disable-pip-version-check --quiet
 LOCKED := $(PIP) install --require-hashes --no-deps -r
 CPP_SOURCES := $(shell find csrc -type f 2>/dev/null)
+CPP_FORMATTED := $(filter %.cpp %.h %.inl %.cu %.cuh,$(CPP_SOURCES))
 CMAKE := PATH="$(CURDIR)/$(BUILD_BIN):$$PATH" cmake
 
 .PHONY: help
@@ -107,7 +108,7 @@ check-python: dev
 
 .PHONY: check-cpp
 check-cpp: dev
-	@$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+	@$(BIN)/clang-format --dry-run --Werror $(CPP_FORMATTED)
 	@$(BIN)/python scripts/check_isa_symbols.py
 
 .PHONY: wheel
@@ -121,7 +122,7 @@ check-wheel: wheel .venv/.stamp-python
 .PHONY: format
 format: dev ## format Python and C++ in place
 	@$(BIN)/ruff check --quiet --fix-only . ; $(BIN)/ruff format .
-	@$(BIN)/clang-format -i $(CPP_SOURCES)
+	@$(BIN)/clang-format -i $(CPP_FORMATTED)
 
 # --- GPU, benchmarks, reference --------------------------------------------------------------------------------------
 

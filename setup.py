@@ -37,6 +37,7 @@ class CMakeBuild(build_ext):
         configure = [
             find_tool("cmake"),
             *("-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
+            "--log-level=WARNING",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
