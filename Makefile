@@ -82,6 +82,7 @@ demo: build ## from nothing to one streamed answer of MODEL to PROMPT
 
 .PHONY: test
 test: dev test-cpp ## C++ tests under sanitizers, then pytest; ends with the list of skips and their reasons
+	@$(BIN)/llmserve pull smollm2 || echo "the default model could not be fetched: tests that need it will skip"
 	@$(BIN)/python -m pytest -q -rs $(PYTEST_ARGS)
 
 .PHONY: test-cpp
