@@ -1,0 +1,67 @@
+// Binds TensorView, BlockPool, ProgressCell and Philox.
+#include "bindings/bindings.h"
+#include "core/block_pool.h"
+#include "core/philox.h"
+#include "core/progress.h"
+#include "core/thread_pool.h"
+
+namespace llmserve {
+
+namespace {
+
+DType parse_dtype(const std::string& name) {
+  for (const DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ4_0, DType::kQ4_1, DType::kQ8_0})
+    if (name == dtype_name(type)) return type;
+  throw std::invalid_argument("dtype: '" + name + "' is not one of f32, f16, bf16, q4_0, q4_1, q8_0");
+}
+
+BoundTensor make_tensor(const py::buffer& data, const std::string& dtype, int64_t rows, int64_t columns,
+                        const std::string& name) {
+  const py::buffer_info info = data.request();
+  BoundTensor bound;
+  bound.view = {info.ptr, parse_dtype(dtype), rows, columns};
+  bound.view.check(name, static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize));
+  bound.owner = data;
+  return bound;
+}
+
+}  // namespace
+
+void bind_core(py::module_& module) {
+  py::class_<BoundTensor>(module, "TensorView", "A checkpoint tensor, checked once; keeps its bytes alive.")
+      .def(py::init(&make_tensor), py::arg("data"), py::arg("dtype"), py::arg("rows"), py::arg("columns"),
+           py::arg("name"))
+      .def_property_readonly("rows", [](const BoundTensor& t) { return t.view.rows; })
+      .def_property_readonly("columns", [](const BoundTensor& t) { return t.view.columns; })
+      .def_property_readonly("dtype", [](const BoundTensor& t) { return dtype_name(t.view.dtype); });
+
+  py::class_<BlockPool, std::shared_ptr<BlockPool>>(module, "BlockPool", "Block tables of the paged KV cache.")
+      .def(py::init<int32_t, int32_t>(), py::arg("num_blocks"), py::arg("block_size"))
+      .def("create", &BlockPool::create)
+      .def("reserve", &BlockPool::reserve, py::arg("handles"), py::arg("num_tokens"))
+      .def("truncate", &BlockPool::truncate, py::arg("handle"), py::arg("num_tokens"))
+      .def("release", &BlockPool::release, py::arg("handle"))
+      .def("table", &BlockPool::table, py::arg("handle"))
+      .def("check_integrity", &BlockPool::check_integrity)
+      .def_property_readonly("num_blocks", &BlockPool::num_blocks)
+      .def_property_readonly("num_free", &BlockPool::num_free)
+      .def_property_readonly("block_size", &BlockPool::block_size);
+
+  py::class_<ProgressCell, std::shared_ptr<ProgressCell>>(module, "ProgressCell",
+                                                          "Progress counter and abort flag shared by two processes.")
+      .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("create"))
+      .def("bump", &ProgressCell::bump)
+      .def_property_readonly("value", &ProgressCell::value)
+      .def_property("abort", &ProgressCell::abort, &ProgressCell::set_abort);
+
+  module.def("num_available_cores", &num_available_cores, "Cores this process may run on.");
+  module.def(
+      "philox4x32",
+      [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+        const PhiloxBlock out = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+        return std::array<uint32_t, 4>{out.word[0], out.word[1], out.word[2], out.word[3]};
+      },
+      py::arg("counter"), py::arg("key"), "One Philox4x32-10 block.");
+}
+
+}  // namespace llmserve

@@ -1,0 +1,47 @@
+#include "core/memory.h"
+
+#include <sys/mman.h>
+
+#include <new>
+#include <utility>
+
+namespace llmserve {
+
+namespace {
+constexpr size_t kHugePage = size_t{2} << 20;
+}
+
+Mapping::Mapping(size_t num_bytes, bool huge) {
+  size_ = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
+  mapped_ = size_ + kHugePage;
+  base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base_ == MAP_FAILED) {
+    base_ = nullptr;
+    throw std::bad_alloc();
+  }
+  const auto address = reinterpret_cast<uintptr_t>(base_);
+  data_ = reinterpret_cast<uint8_t*>((address + kHugePage - 1) / kHugePage * kHugePage);
+  if (huge) madvise(data_, size_, MADV_HUGEPAGE);
+}
+
+Mapping::~Mapping() { release(); }
+
+Mapping::Mapping(Mapping&& other) noexcept { *this = std::move(other); }
+
+Mapping& Mapping::operator=(Mapping&& other) noexcept {
+  if (this != &other) {
+    release();
+    base_ = std::exchange(other.base_, nullptr);
+    mapped_ = std::exchange(other.mapped_, 0);
+    data_ = std::exchange(other.data_, nullptr);
+    size_ = std::exchange(other.size_, 0);
+  }
+  return *this;
+}
+
+void Mapping::release() {
+  if (base_ != nullptr) munmap(base_, mapped_);
+  base_ = nullptr;
+}
+
+}  // namespace llmserve

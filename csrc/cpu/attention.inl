@@ -1,0 +1,158 @@
+// Paged attention for mixed prefill and decode, included by each ISA's translation unit after elementwise.inl.
+//
+// KV is walked in tiles of 256 tokens aligned to absolute position 0, ascending. A tile yields a state (m, l, o) of its
+// own, which is merged into the running one; masked positions add exact zeros. So a query's result does not depend on
+// how many queries are computed together, nor on how the prompt was cut into chunks.
+//
+// The including file gives two micro-kernels (the portable ones below, or its own with LLMSERVE_OWN_ATTENTION_MICRO):
+//   score_block: 16 scores of `rows` queries against one K block
+//   value_tile:  out[row][0..D) = sum over blocks of P[row] . V
+
+struct AttentionScratch {
+  uint16_t* q;       // [rows][D] bf16, scaled by scale * log2(e)
+  float* scores;     // [rows][256]
+  uint16_t* p;       // [rows][256] bf16
+  float* o;          // [rows][D] running
+  float* tile_o;     // [rows][D]
+  float* m;          // [rows]
+  float* l;          // [rows]
+  float* tile_m;     // [rows]
+  float* tile_l;     // [rows]
+};
+
+static AttentionScratch carve(uint8_t* base, int head_dim) {
+  const size_t rows = kMaxQueryRows, d = static_cast<size_t>(head_dim);
+  AttentionScratch s;
+  s.scores = reinterpret_cast<float*>(base);
+  s.o = s.scores + rows * kKvTile;
+  s.tile_o = s.o + rows * d;
+  s.m = s.tile_o + rows * d;
+  s.l = s.m + rows;
+  s.tile_m = s.l + rows;
+  s.tile_l = s.tile_m + rows;
+  s.p = reinterpret_cast<uint16_t*>(s.tile_l + rows);
+  s.q = s.p + rows * kKvTile;
+  return s;
+}
+
+#ifndef LLMSERVE_OWN_ATTENTION_MICRO
+static void score_block(const uint16_t* q, const uint16_t* k, float* scores, int rows, int head_dim) {
+  for (int row = 0; row < rows; ++row) {
+    float lanes[kKvBlock] = {};
+    const uint16_t* query = q + static_cast<int64_t>(row) * head_dim;
+    for (int d = 0; d < head_dim; d += 2) {
+      const float q0 = from_bf16(query[d]), q1 = from_bf16(query[d + 1]);
+      const uint16_t* pairs = k + d * kKvBlock;
+      for (int t = 0; t < kKvBlock; ++t)
+        lanes[t] = (lanes[t] + q0 * from_bf16(pairs[2 * t])) + q1 * from_bf16(pairs[2 * t + 1]);
+    }
+    float* out = scores + static_cast<int64_t>(row) * kKvTile;
+    for (int t = 0; t < kKvBlock; ++t) out[t] = lanes[t];
+  }
+}
+
+static void value_tile(const AttentionArgs& args, const int32_t* table, int num_blocks, const AttentionScratch& s,
+                       int rows) {
+  const int d_count = args.head_dim;
+  for (int row = 0; row < rows; ++row) {
+    float* out = s.tile_o + static_cast<int64_t>(row) * d_count;
+    for (int d = 0; d < d_count; ++d) out[d] = 0.0f;
+    for (int block = 0; block < num_blocks; ++block) {
+      const uint16_t* v = args.kv + table[block] * args.block_stride + d_count * kKvBlock;
+      const uint16_t* p = s.p + static_cast<int64_t>(row) * kKvTile + block * kKvBlock;
+      for (int t = 0; t < kKvBlock; t += 2) {
+        const float p0 = from_bf16(p[t]), p1 = from_bf16(p[t + 1]);
+        const uint16_t* pairs = v + t * d_count;
+        for (int d = 0; d < d_count; ++d)
+          out[d] = (out[d] + p0 * from_bf16(pairs[2 * d])) + p1 * from_bf16(pairs[2 * d + 1]);
+      }
+    }
+  }
+}
+
+static void score_tile(const AttentionArgs& args, const int32_t* table, int num_blocks, const AttentionScratch& s,
+                       int rows) {
+  for (int block = 0; block < num_blocks; ++block)
+    score_block(s.q, args.kv + table[block] * args.block_stride, s.scores + block * kKvBlock, rows, args.head_dim);
+}
+#endif
+
+static void load_queries(const AttentionArgs& args, const AttentionScratch& s) {
+  const float factor = args.scale * 1.44269504088896341f;
+  uint16_t* out = s.q;
+  for (int token = 0; token < args.num_tokens; ++token) {
+    const float* q = args.q + token * args.q_stride;
+    for (int i = 0; i < args.heads * args.head_dim; ++i) *out++ = to_bf16(q[i] * factor);
+  }
+}
+
+// Masks one row of a tile to [first, last], turns scores into bf16 probabilities and gives the tile's m and l.
+static void softmax_row(float* scores, uint16_t* p, int count, int first, int last, float* m, float* l) {
+  const float minus_infinity = -__builtin_inff();
+  for (int t = 0; t < count; ++t) scores[t] = t < first || t > last ? minus_infinity : scores[t];
+  float lanes[kLanes];
+  for (int j = 0; j < kLanes; ++j) lanes[j] = minus_infinity;
+  for (int t = 0; t < count; t += kLanes)
+    for (int j = 0; j < kLanes; ++j) lanes[j] = scores[t + j] > lanes[j] ? scores[t + j] : lanes[j];
+  float largest = minus_infinity;
+  for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+  *m = largest;
+  const float origin = largest == minus_infinity ? 0.0f : largest;
+  for (int j = 0; j < kLanes; ++j) lanes[j] = 0.0f;
+  for (int t = 0; t < count; t += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const uint16_t rounded = to_bf16(exp2_poly(scores[t + j] - origin));
+      p[t + j] = rounded;
+      lanes[j] += from_bf16(rounded);
+    }
+  }
+  *l = reduce_lanes(lanes);
+}
+
+static void merge_row(const AttentionScratch& s, int row, int head_dim) {
+  if (s.tile_m[row] == -__builtin_inff()) return;
+  const float m = s.tile_m[row] > s.m[row] ? s.tile_m[row] : s.m[row];
+  const float keep = exp2_poly(s.m[row] - m), take = exp2_poly(s.tile_m[row] - m);
+  float* o = s.o + static_cast<int64_t>(row) * head_dim;
+  const float* tile_o = s.tile_o + static_cast<int64_t>(row) * head_dim;
+  for (int d = 0; d < head_dim; ++d) o[d] = o[d] * keep + tile_o[d] * take;
+  s.l[row] = s.l[row] * keep + s.tile_l[row] * take;
+  s.m[row] = m;
+}
+
+static void attend_tile(const AttentionArgs& args, const AttentionScratch& s, int rows, int tile_start) {
+  const int last_position = args.first_position + args.num_tokens - 1;
+  const int in_tile = last_position - tile_start + 1 < kKvTile ? last_position - tile_start + 1 : kKvTile;
+  const int num_blocks = (in_tile + kKvBlock - 1) / kKvBlock;
+  const int32_t* table = args.table + tile_start / kKvBlock;
+  score_tile(args, table, num_blocks, s, rows);
+  for (int row = 0; row < rows; ++row) {
+    const int position = args.first_position + row / args.heads;
+    const int first = args.window > 0 ? position - args.window + 1 - tile_start : 0;
+    softmax_row(s.scores + static_cast<int64_t>(row) * kKvTile, s.p + static_cast<int64_t>(row) * kKvTile,
+                num_blocks * kKvBlock, first, position - tile_start, &s.tile_m[row], &s.tile_l[row]);
+  }
+  value_tile(args, table, num_blocks, s, rows);
+  for (int row = 0; row < rows; ++row) merge_row(s, row, args.head_dim);
+}
+
+static void attention(const AttentionArgs& args) {
+  const AttentionScratch s = carve(args.scratch, args.head_dim);
+  const int rows = args.num_tokens * args.heads;
+  load_queries(args, s);
+  for (int row = 0; row < rows; ++row) {
+    s.m[row] = -__builtin_inff();
+    s.l[row] = 0.0f;
+  }
+  __builtin_memset(s.o, 0, static_cast<size_t>(rows) * static_cast<size_t>(args.head_dim) * sizeof(float));
+  const int oldest = args.window > 0 ? args.first_position - args.window + 1 : 0;
+  const int last_position = args.first_position + args.num_tokens - 1;
+  for (int tile = (oldest > 0 ? oldest : 0) / kKvTile * kKvTile; tile <= last_position; tile += kKvTile)
+    attend_tile(args, s, rows, tile);
+  for (int row = 0; row < rows; ++row) {
+    const float factor = 1.0f / s.l[row];
+    const float* o = s.o + static_cast<int64_t>(row) * args.head_dim;
+    float* out = args.out + (row / args.heads) * args.out_stride + (row % args.heads) * args.head_dim;
+    for (int d = 0; d < args.head_dim; ++d) out[d] = o[d] * factor;
+  }
+}

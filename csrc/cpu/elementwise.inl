@@ -1,0 +1,265 @@
+// Element-wise kernels, written once as plain loops and compiled by every ISA's translation unit in its own namespace.
+//
+// Sums run in 16 lanes with one fixed reduction tree, no contraction to FMA happens (-ffp-contract=off), and rounding
+// to integers uses the 1.5 * 2^23 trick: so all ISAs agree bit by bit. No std:: templates: their symbols are weak and
+// the linker would keep one ISA's copy for all.
+
+constexpr int kLanes = 16;
+
+static inline float reduce_lanes(const float* lanes) {
+  float t[kLanes];
+  for (int i = 0; i < kLanes; ++i) t[i] = lanes[i];
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) t[i] += t[i + width];
+  return t[0];
+}
+
+static inline uint32_t float_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+static inline float bits_float(uint32_t x) { return __builtin_bit_cast(float, x); }
+
+// Round to nearest even; the payload of a NaN is kept non-zero.
+static inline uint16_t to_bf16(float x) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
+}
+static inline float from_bf16(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
+
+static inline float from_f16(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7FFFu) << 13;
+  if ((h & 0x7C00u) == 0x7C00u) return bits_float(sign | magnitude | 0x7F800000u);
+  // Scaling by 2^112 moves the exponent bias and normalizes denormals exactly.
+  return bits_float(sign | float_bits(bits_float(magnitude) * 0x1p112f));
+}
+
+static inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// 2^x for x <= 127; relative error about 1e-7. Below -126 it is 0.
+static inline float exp2_poly(float x) {
+  const float clamped = x < -126.0f ? -126.0f : x;
+  const float whole = round_even(clamped);
+  const float f = clamped - whole;
+  float p = 1.5403530393381609e-4f;
+  p = p * f + 1.3333558146428443e-3f;
+  p = p * f + 9.6181291076284772e-3f;
+  p = p * f + 5.5504108664821580e-2f;
+  p = p * f + 2.4022650695910072e-1f;
+  p = p * f + 6.9314718055994531e-1f;
+  p = p * f + 1.0f;
+  const float power = bits_float(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
+  return x < -126.0f ? 0.0f : p * power;
+}
+
+// e^x for |x| <= 87 (clamped), with the two-step reduction that keeps large arguments accurate.
+static inline float exp_poly(float x) {
+  const float low = x < -87.0f ? -87.0f : x;
+  const float clamped = low > 88.0f ? 88.0f : low;
+  const float whole = round_even(clamped * 1.44269504088896341f);
+  const float r = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return p * bits_float(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
+}
+
+static void rms_norm(const float* x, const float* weight, float* out, int64_t n, float eps) {
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j] * x[i + j];
+  for (; i < n; ++i) lanes[i % kLanes] += x[i] * x[i];
+  const float factor = 1.0f / __builtin_sqrtf(reduce_lanes(lanes) / static_cast<float>(n) + eps);
+  for (i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+static void layer_norm(const float* x, const float* weight, const float* bias, float* out, int64_t n, float eps) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] += x[i];
+  const float mean = reduce_lanes(lanes) / static_cast<float>(n);
+  for (int j = 0; j < kLanes; ++j) lanes[j] = 0.0f;
+  for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] += (x[i] - mean) * (x[i] - mean);
+  const float factor = 1.0f / __builtin_sqrtf(reduce_lanes(lanes) / static_cast<float>(n) + eps);
+  for (int64_t i = 0; i < n; ++i) {
+    const float y = (x[i] - mean) * factor * weight[i];
+    out[i] = bias == nullptr ? y : y + bias[i];
+  }
+}
+
+static void quantize_q8(const float* x, int8_t* codes, GroupMeta* meta, int64_t n) {
+  for (int64_t g = 0; g < n / kGroup; ++g, x += kGroup, codes += kGroup) {
+    float lanes[kLanes] = {};
+    for (int i = 0; i < kGroup; ++i) {
+      const float magnitude = __builtin_fabsf(x[i]);
+      lanes[i % kLanes] = magnitude > lanes[i % kLanes] ? magnitude : lanes[i % kLanes];
+    }
+    float largest = 0.0f;
+    for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+    // An infinite or vanishing group quantizes to zero codes rather than to undefined ones.
+    const bool usable = largest > 1e-30f && largest < 1e38f;
+    const float inverse = usable ? 127.0f / largest : 0.0f;
+    const float scale = usable ? largest / 127.0f : 0.0f;
+    int32_t sum = 0;
+    for (int i = 0; i < kGroup; ++i) {
+      const int32_t code = static_cast<int32_t>(round_even(usable ? x[i] * inverse : 0.0f));
+      codes[i] = static_cast<int8_t>(code);
+      sum += code;
+    }
+    meta[g] = {scale, sum, scale * static_cast<float>(sum), 0.0f};
+  }
+}
+
+static void round_bf16(const float* x, uint16_t* out, GroupMeta* meta, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(x[i]);
+  if (meta == nullptr) return;
+  for (int64_t g = 0; g < n / kGroup; ++g) {
+    float lanes[kLanes] = {};
+    for (int i = 0; i < kGroup; ++i) lanes[i % kLanes] += from_bf16(out[g * kGroup + i]);
+    meta[g] = {1.0f, 0, reduce_lanes(lanes), 0.0f};
+  }
+}
+
+static inline void rotate(const HeadRow& row) {
+  const int half = row.rotary_dim / 2;
+  for (int i = 0; i < half; ++i) {
+    const int a = row.interleaved ? 2 * i : i;
+    const int b = row.interleaved ? 2 * i + 1 : i + half;
+    const float x = row.x[a], y = row.x[b];
+    row.x[a] = x * row.cosine[i] - y * row.sine[i];
+    row.x[b] = y * row.cosine[i] + x * row.sine[i];
+  }
+}
+
+static void head(const HeadRow& row) {
+  if (row.bias != nullptr)
+    for (int i = 0; i < row.head_dim; ++i) row.x[i] += row.bias[i];
+  if (row.norm != nullptr) rms_norm(row.x, row.norm, row.x, row.head_dim, row.eps);
+  if (row.cosine != nullptr) rotate(row);
+}
+
+static inline float silu(float x) { return x / (1.0f + exp_poly(-x)); }
+static inline float gelu(float x) { return 0.5f * x * (1.0f + __builtin_erff(x * 0.70710678118654752f)); }
+static inline float gelu_tanh(float x) {
+  const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x);
+  return x * (1.0f - 1.0f / (1.0f + exp_poly(2.0f * inner)));
+}
+static inline float relu2(float x) { return x > 0.0f ? x * x : 0.0f; }
+
+static void activate(Activation kind, const float* x, float* out, int64_t n) {
+  switch (kind) {
+    case Activation::kSilu:
+      for (int64_t i = 0; i < n; ++i) out[i] = silu(x[i]);
+      return;
+    case Activation::kGelu:
+      for (int64_t i = 0; i < n; ++i) out[i] = gelu(x[i]);
+      return;
+    case Activation::kGeluTanh:
+      for (int64_t i = 0; i < n; ++i) out[i] = gelu_tanh(x[i]);
+      return;
+    case Activation::kRelu2:
+      for (int64_t i = 0; i < n; ++i) out[i] = relu2(x[i]);
+      return;
+  }
+}
+
+static void gated(Activation kind, const float* gate, const float* x, float* out, int64_t n) {
+  if (kind == Activation::kSilu) {
+    for (int64_t i = 0; i < n; ++i) out[i] = silu(gate[i]) * x[i];
+    return;
+  }
+  float buffer[kTile];
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t width = n - i < kTile ? n - i : kTile;
+    activate(kind, gate + i, buffer, width);
+    for (int64_t j = 0; j < width; ++j) out[i + j] = buffer[j] * x[i + j];
+  }
+}
+
+static void add(const float* x, const float* y, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] + y[i];
+}
+
+static void scale(const float* x, float by, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * by;
+}
+
+static inline uint16_t read_u16(const uint8_t* p) { return static_cast<uint16_t>(p[0] | (p[1] << 8)); }
+
+static void dequantize(DType type, const uint8_t* row, float* out, int64_t n) {
+  switch (type) {
+    case DType::kF32:
+      __builtin_memcpy(out, row, static_cast<size_t>(n) * 4);
+      return;
+    case DType::kF16:
+      for (int64_t i = 0; i < n; ++i) out[i] = from_f16(read_u16(row + 2 * i));
+      return;
+    case DType::kBF16:
+      for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(read_u16(row + 2 * i));
+      return;
+    case DType::kQ4_0:
+    case DType::kQ4_1: {
+      const size_t header = type == DType::kQ4_0 ? 2 : 4;
+      for (int64_t b = 0; b < n / kGroup; ++b, row += header + 16, out += kGroup) {
+        const float d = from_f16(read_u16(row));
+        const float m = type == DType::kQ4_0 ? -8.0f * d : from_f16(read_u16(row + 2));
+        for (int i = 0; i < 16; ++i) {
+          out[i] = static_cast<float>(row[header + static_cast<size_t>(i)] & 15) * d + m;
+          out[i + 16] = static_cast<float>(row[header + static_cast<size_t>(i)] >> 4) * d + m;
+        }
+      }
+      return;
+    }
+    case DType::kQ8_0:
+      for (int64_t b = 0; b < n / kGroup; ++b, row += 34, out += kGroup) {
+        const float d = from_f16(read_u16(row));
+        for (int i = 0; i < kGroup; ++i) out[i] = static_cast<float>(static_cast<int8_t>(row[2 + i])) * d;
+      }
+      return;
+  }
+}
+
+static float maximum(const float* x, int64_t n) {
+  float lanes[kLanes];
+  for (int j = 0; j < kLanes; ++j) lanes[j] = -__builtin_inff();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+  for (; i < n; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+  float largest = lanes[0];
+  for (int j = 1; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+  return largest;
+}
+
+static void exp_weights(const float* x, float largest, float inverse_temperature, float* w, double* sums, int64_t n) {
+  for (int64_t begin = 0; begin < n; begin += 256) {
+    const int64_t end = begin + 256 < n ? begin + 256 : n;
+    for (int64_t i = begin; i < end; ++i) {
+      const float z = (x[i] - largest) * inverse_temperature;
+      w[i] = z < -87.0f ? 0.0f : exp_poly(z);
+    }
+    double lanes[kLanes] = {};
+    for (int64_t i = begin; i < end; ++i) lanes[(i - begin) % kLanes] += static_cast<double>(w[i]);
+    double sum = 0.0;
+    for (int j = 0; j < kLanes; ++j) sum += lanes[j];
+    sums[begin / 256] = sum;
+  }
+}
+
+static void fill_elementwise(KernelTable& table) {
+  table.rms_norm = rms_norm;
+  table.layer_norm = layer_norm;
+  table.quantize_q8 = quantize_q8;
+  table.round_bf16 = round_bf16;
+  table.head = head;
+  table.activate = activate;
+  table.gated = gated;
+  table.add = add;
+  table.scale = scale;
+  table.dequantize = dequantize;
+  table.maximum = maximum;
+  table.exp_weights = exp_weights;
+}

@@ -1,0 +1,118 @@
+// One table of kernels per ISA level; every kernel has a scalar twin of the same meaning.
+//
+// Rule of all kernels (results never depend on the batch): a row's result is the same sequence of float operations
+// however many rows are computed together.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/layout.h"
+
+namespace llmserve {
+
+// One tile of 64 channels times `rows` rows: out[row * out_stride + channel].
+struct TileArgs {
+  const uint8_t* weights = nullptr;  // packed tile, or unpacked codes
+  const uint8_t* tables = nullptr;   // exact kernels: first group's scales in the packed tile
+  int64_t table_stride = 0;          // exact kernels: bytes between the groups' tables
+  Activations x;                     // pointers at the first row
+  int rows = 0;
+  int zero_point = 0;
+  bool minimum = false;
+  float* out = nullptr;
+  int64_t out_stride = 0;
+};
+using TileFunction = void (*)(const TileArgs&);
+
+// Attention of the query heads of one KV head, for consecutive tokens of one sequence.
+constexpr int kKvTile = 256;        // tokens of a KV tile, aligned to absolute position 0
+constexpr int kKvBlock = 16;        // tokens of a block
+constexpr int kMaxQueryRows = 32;   // tokens x query heads of one task
+constexpr int kMaxHeadDim = 512;
+struct AttentionArgs {
+  const float* q = nullptr;  // token t, head h at q + t * q_stride + h * head_dim
+  int64_t q_stride = 0;
+  int num_tokens = 0;
+  int heads = 0;  // query heads of this KV head
+  int head_dim = 0;
+  int first_position = 0;
+  int window = 0;  // 0: all
+  float scale = 0;
+  const int32_t* table = nullptr;  // block table of the sequence
+  const uint16_t* kv = nullptr;    // this layer and KV head: K [D/2][16][2] then V [8][D][2] of block 0
+  int64_t block_stride = 0;        // in elements
+  float* out = nullptr;            // same shape as q
+  int64_t out_stride = 0;
+  uint8_t* scratch = nullptr;  // attention_scratch_bytes(head_dim), 64-byte aligned
+};
+constexpr size_t attention_scratch_bytes(int head_dim) {
+  return static_cast<size_t>(kMaxQueryRows) * (static_cast<size_t>(head_dim) * (2 + 4 + 4) + kKvTile * (4 + 2) + 16) +
+         256;
+}
+
+struct HeadRow {
+  float* x;               // one head of one token, in place
+  const float* bias;      // null: none
+  const float* norm;      // RMS weight over the head, null: none
+  const float* cosine;    // [rotary_dim / 2] of this position, null: no rotation
+  const float* sine;
+  int head_dim;
+  int rotary_dim;
+  bool interleaved;
+  float eps;
+};
+
+enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu2 };
+
+struct KernelTable {
+  const char* name;
+
+  TileFunction gemm_q4;          // 4-bit tile, int8 activations
+  TileFunction gemm_u8;          // u8 tile (packed Q8_0 or unpacked 4-bit), int8 activations
+  TileFunction gemm_bf16;        // bf16 tile, bf16 activations
+  TileFunction gemm_f32;         // f32 tile, f32 activations
+  TileFunction gemm_codes_bf16;  // exact: signed codes as bf16 [k/2][64][2] with group tables, bf16 activations
+  void (*unpack_q4)(const uint8_t* tile, uint8_t* out, int64_t groups, bool minimum);
+  void (*unpack_codes_bf16)(const uint8_t* tile, uint16_t* out, int64_t groups, PackedType type);
+
+  void (*attention)(const AttentionArgs&);
+
+  void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float* out, int64_t n, float eps);
+  void (*quantize_q8)(const float* x, int8_t* codes, GroupMeta* meta, int64_t n);  // n a multiple of 32
+  void (*round_bf16)(const float* x, uint16_t* out, GroupMeta* meta, int64_t n);   // meta may be null
+  void (*head)(const HeadRow&);
+  void (*activate)(Activation kind, const float* x, float* out, int64_t n);
+  void (*gated)(Activation kind, const float* gate, const float* x, float* out, int64_t n);
+  void (*add)(const float* x, const float* y, float* out, int64_t n);
+  void (*scale)(const float* x, float by, float* out, int64_t n);
+  void (*dequantize)(DType type, const uint8_t* row, float* out, int64_t n);
+
+  float (*maximum)(const float* x, int64_t n);
+  // w[i] = exp((x[i] - maximum) * inverse_temperature); sums[i / 256] = their float64 sums by 256.
+  void (*exp_weights)(const float* x, float maximum, float inverse_temperature, float* w, double* sums, int64_t n);
+};
+
+// The best table this machine can run, lowered by `limit`: "scalar", "avx2", "avx512" or "" for the best.
+// Throws std::invalid_argument when `limit` is unknown or more than the machine has.
+KernelTable choose_kernels(const char* limit);
+
+namespace scalar {
+void fill(KernelTable& table);
+}
+#ifdef LLMSERVE_X86
+namespace avx2 {
+void fill(KernelTable& table);
+}
+namespace avx512 {
+void fill(KernelTable& table);
+}
+namespace avx512vnni {
+void fill(KernelTable& table);
+}
+namespace avx512bf16 {
+void fill(KernelTable& table);
+}
+#endif
+
+}  // namespace llmserve

@@ -1,0 +1,169 @@
+// The nodes of a program. A node is a set of independent work items over the rows of a step; all items of a node end
+// before the next node starts. Nodes are immutable once the program runs: what belongs to a step comes as arguments.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/pack.h"
+#include "cpu/step.h"
+#include "cpu/value.h"
+
+namespace llmserve {
+
+// What the kernels of one worker need besides the arena.
+struct Worker {
+  const KernelTable* kernels;
+  uint8_t* scratch;  // 64-byte aligned, as many bytes as the neediest node asked for
+};
+
+inline int64_t num_rows(const Step& step, Rows rows) { return rows == Rows::kTokens ? step.num_tokens : step.num_rows; }
+
+class Node {
+ public:
+  virtual ~Node() = default;
+  virtual const char* kind() const = 0;
+  virtual int64_t num_items(const Step& step) const = 0;
+  virtual void run(const Step& step, int64_t item, const Worker& worker) const = 0;
+  virtual size_t scratch_bytes() const { return 0; }
+};
+
+// Zeroes the KV blocks that were handed out since the last step.
+class ZeroBlocksNode : public Node {
+ public:
+  const char* kind() const override { return "zero_blocks"; }
+  int64_t num_items(const Step& step) const override;
+  void run(const Step& step, int64_t item, const Worker& worker) const override;
+};
+
+class EmbedNode : public Node {
+ public:
+  TensorView table;
+  TensorView positions;  // data null: none
+  float factor = 1.0f;
+  Value out;
+
+  const char* kind() const override { return "embed"; }
+  int64_t num_items(const Step& step) const override { return step.num_tokens; }
+  void run(const Step& step, int64_t item, const Worker& worker) const override;
+  size_t scratch_bytes() const override { return static_cast<size_t>(out.columns) * 2 * sizeof(float); }
+};
+
+enum class NormKind : uint8_t { kRms, kLayer };
+
+class NormNode : public Node {
+ public:
+  NormKind norm = NormKind::kRms;
+  Value in, out;
+  std::vector<float> weight, bias;
+  float eps = 0;
+
+  const char* kind() const override { return "norm"; }
+  int64_t num_items(const Step& step) const override;
+  void run(const Step& step, int64_t item, const Worker& worker) const override;
+  size_t scratch_bytes() const override { return static_cast<size_t>(in.columns) * sizeof(float); }
+};
+
+// Copies the rows that need logits.
+class GatherNode : public Node {
+ public:
+  Value in, out;
+
+  const char* kind() const override { return "gather"; }
+  int64_t num_items(const Step& step) const override { return step.num_rows; }
+  void run(const Step& step, int64_t item, const Worker& worker) const override;
+};
+
+enum class Elementwise : uint8_t { kAdd, kScale, kActivate, kGated, kForms };
+
+// out = x + y | x * by | act(x) | act(gate) * x | x in further forms.
+class ElementwiseNode : public Node {
+ public:
+  Elementwise op = Elementwise::kForms;
+  Activation activation = Activation::kSilu;
+  Value x, y, out;  // y: the second addend, or the gate
+  float by = 1.0f;
+
+  const char* kind() const override { return "elementwise"; }
+  int64_t num_items(const Step& step) const override { return num_rows(step, out.rows); }
+  void run(const Step& step, int64_t item, const Worker& worker) const override;
+  size_t scratch_bytes() const override { return static_cast<size_t>(out.columns) * sizeof(float); }
+};
+
+// Rotary tables: cosine and sine of each position, [max_positions, rotary_dim / 2].
+struct RopeTable {
+  std::vector<float> cosine, sine;
+  int rotary_dim = 0;
+  bool interleaved = false;
+};
+
+enum class ItemKind : int32_t { kPlain, kGated, kQuery, kKey, kValue };
+
+// What one work item of a GEMM makes: consecutive tiles that hold all its epilogue needs.
+struct GemmItem {
+  ItemKind kind;
+  int32_t first_tile;
+  int32_t num_tiles;
+  int32_t out_column;   // plain, gated, query: first column of the output
+  int32_t num_columns;  // columns of the output
+  int32_t head;         // key, value: KV head
+};
+
+class GemmNode : public Node {
+ public:
+  const PackedMatrix* matrix = nullptr;
+  bool exact = false;  // bf16 activations for quantized weights
+  Value in, out;
+  std::vector<GemmItem> items;
+  std::vector<float> bias;  // [num_tiles * 64], empty: none
+  const Value* residual = nullptr;
+  Activation activation = Activation::kSilu;
+  float factor = 1.0f;   // of the logits
+  float softcap = 0.0f;  // of the logits, 0: none
+  // Heads of Q, K and V.
+  const RopeTable* rope = nullptr;
+  std::vector<float> query_norm, key_norm;
+  float norm_eps = 0;
+  int head_dim = 0;
+  int layer = 0;
+
+  const char* kind() const override { return "gemm"; }
+  int64_t num_items(const Step& step) const override {
+    return num_rows(step, in.rows) == 0 ? 0 : static_cast<int64_t>(items.size());
+  }
+  void run(const Step& step, int64_t item, const Worker& worker) const override;
+  size_t scratch_bytes() const override;
+
+ private:
+  int max_item_tiles() const;
+  bool unpacks(int64_t rows) const;
+  TileFunction kernel(const KernelTable& kernels, bool unpacked) const;
+  void unpack(const GemmItem& item, const Worker& worker, uint8_t* slab) const;
+  void finish_row(const Step& step, const GemmItem& item, int64_t row, float* x, const Worker& worker) const;
+  void finish_plain(const GemmItem& item, int64_t row, float* x, const Worker& worker) const;
+  void finish_head(const Step& step, const GemmItem& item, int64_t row, float* x, const Worker& worker) const;
+};
+
+class AttentionNode : public Node {
+ public:
+  Value q, out;
+  int heads = 0, kv_heads = 0, head_dim = 0, window = 0, layer = 0;
+  float scale = 0;
+
+  const char* kind() const override { return "attention"; }
+  int64_t num_items(const Step& step) const override { return static_cast<int64_t>(step.chunks.size()) * kv_heads; }
+  void run(const Step& step, int64_t item, const Worker& worker) const override;
+  size_t scratch_bytes() const override;
+};
+
+class SampleNode : public Node {
+ public:
+  Value logits;
+
+  const char* kind() const override { return "sample"; }
+  int64_t num_items(const Step& step) const override { return step.num_rows; }
+  void run(const Step& step, int64_t item, const Worker& worker) const override;
+  size_t scratch_bytes() const override;
+};
+
+}  // namespace llmserve

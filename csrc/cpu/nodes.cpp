@@ -1,0 +1,108 @@
+// Nodes other than GEMM.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/node.h"
+#include "cpu/sampler.h"
+
+namespace llmserve {
+
+namespace {
+constexpr int64_t kNormRows = 8;  // rows of one work item: a few microseconds
+}
+
+int64_t ZeroBlocksNode::num_items(const Step& step) const {
+  return static_cast<int64_t>(step.new_blocks.size()) * step.kv->num_layers;
+}
+
+void ZeroBlocksNode::run(const Step& step, int64_t item, const Worker&) const {
+  const int64_t num_blocks = static_cast<int64_t>(step.new_blocks.size());
+  const int64_t block = step.new_blocks[static_cast<size_t>(item % num_blocks)];
+  uint16_t* place = step.kv->at(static_cast<int>(item / num_blocks), block, 0);
+  std::memset(place, 0, static_cast<size_t>(step.kv->block_stride()) * sizeof(uint16_t));
+}
+
+void EmbedNode::run(const Step& step, int64_t item, const Worker& worker) const {
+  const KernelTable& kernels = *worker.kernels;
+  auto* row = reinterpret_cast<float*>(worker.scratch);
+  kernels.dequantize(table.dtype, table.row(step.token_ids[item]), row, out.columns);
+  if (factor != 1.0f) kernels.scale(row, factor, row, out.columns);
+  if (positions.data != nullptr) {
+    float* position = row + out.columns;
+    kernels.dequantize(positions.dtype, positions.row(step.positions[item]), position, out.columns);
+    kernels.add(row, position, row, out.columns);
+  }
+  write_forms(kernels, out, item, 0, row, out.columns);
+}
+
+int64_t NormNode::num_items(const Step& step) const { return (num_rows(step, in.rows) + kNormRows - 1) / kNormRows; }
+
+void NormNode::run(const Step& step, int64_t item, const Worker& worker) const {
+  const KernelTable& kernels = *worker.kernels;
+  const int64_t end = std::min((item + 1) * kNormRows, num_rows(step, in.rows));
+  for (int64_t row = item * kNormRows; row < end; ++row) {
+    auto* y = reinterpret_cast<float*>(worker.scratch);
+    const float* x = in.at(row).f32;
+    if (norm == NormKind::kRms)
+      kernels.rms_norm(x, weight.data(), y, in.columns, eps);
+    else
+      kernels.layer_norm(x, weight.data(), bias.empty() ? nullptr : bias.data(), y, in.columns, eps);
+    write_forms(kernels, out, row, 0, y, in.columns);
+  }
+}
+
+void GatherNode::run(const Step& step, int64_t item, const Worker& worker) const {
+  write_forms(*worker.kernels, out, item, 0, in.at(step.logit_rows[item]).f32, in.columns);
+}
+
+void ElementwiseNode::run(const Step&, int64_t item, const Worker& worker) const {
+  const KernelTable& kernels = *worker.kernels;
+  auto* row = reinterpret_cast<float*>(worker.scratch);
+  const float* a = x.at(item).f32;
+  switch (op) {
+    case Elementwise::kAdd: kernels.add(a, y.at(item).f32, row, out.columns); break;
+    case Elementwise::kScale: kernels.scale(a, by, row, out.columns); break;
+    case Elementwise::kActivate: kernels.activate(activation, a, row, out.columns); break;
+    case Elementwise::kGated: kernels.gated(activation, y.at(item).f32, a, row, out.columns); break;
+    case Elementwise::kForms: write_forms(kernels, out, item, 0, a, out.columns); return;
+  }
+  write_forms(kernels, out, item, 0, row, out.columns);
+}
+
+size_t AttentionNode::scratch_bytes() const {
+  const size_t rows = static_cast<size_t>(kMaxQueryRows) * static_cast<size_t>(head_dim) * sizeof(float);
+  return attention_scratch_bytes(head_dim) + rows;
+}
+
+void AttentionNode::run(const Step& step, int64_t item, const Worker& worker) const {
+  const QueryChunk& chunk = step.chunks[static_cast<size_t>(item / kv_heads)];
+  const int kv_head = static_cast<int>(item % kv_heads);
+  const int group = heads / kv_heads;
+  const int64_t columns = int64_t{group} * head_dim;
+  AttentionArgs args;
+  args.q = q.at(chunk.first_row).f32 + kv_head * columns;
+  args.q_stride = q.columns;
+  args.num_tokens = chunk.num_tokens;
+  args.heads = group;
+  args.head_dim = head_dim;
+  args.first_position = step.positions[chunk.first_row];
+  args.window = window;
+  args.scale = scale;
+  args.table = step.tables[static_cast<size_t>(chunk.seq)];
+  args.kv = step.kv->at(layer, 0, kv_head);
+  args.block_stride = step.kv->block_stride();
+  args.scratch = worker.scratch;
+  args.out = reinterpret_cast<float*>(worker.scratch + attention_scratch_bytes(head_dim) / 64 * 64);
+  args.out_stride = columns;
+  worker.kernels->attention(args);
+  for (int token = 0; token < chunk.num_tokens; ++token)
+    write_forms(*worker.kernels, out, chunk.first_row + token, kv_head * columns, args.out + token * columns, columns);
+}
+
+size_t SampleNode::scratch_bytes() const { return sampler_scratch_bytes(logits.columns); }
+
+void SampleNode::run(const Step& step, int64_t item, const Worker& worker) const {
+  sample_row(*worker.kernels, step, static_cast<int>(item), logits.at(item).f32, logits.columns, worker.scratch);
+}
+
+}  // namespace llmserve

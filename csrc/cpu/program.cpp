@@ -1,0 +1,166 @@
+#include "cpu/program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <stdexcept>
+
+namespace llmserve {
+
+namespace {
+
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+struct PackJob {
+  const PackedMatrix* matrix;
+  const KernelTable* kernels;
+  std::atomic<int> next{0};
+};
+
+void pack_worker(void* context, int) {
+  auto* job = static_cast<PackJob*>(context);
+  for (int tile = job->next.fetch_add(1); tile < job->matrix->num_tiles(); tile = job->next.fetch_add(1))
+    job->matrix->pack_tile(tile, *job->kernels);
+}
+
+}  // namespace
+
+Program::Program(const std::string& isa, int num_threads, const ProgramLimits& limits)
+    : kernels_(choose_kernels(isa.c_str())),
+      limits_(limits),
+      pool_(num_threads > 0 ? num_threads : num_available_cores()) {
+  if (limits.max_num_tokens <= 0 || limits.max_num_seqs <= 0 || limits.max_logit_rows <= 0 || limits.max_position <= 0)
+    throw std::invalid_argument("limits: all must be positive");
+}
+
+void Program::reserve_arena(size_t num_bytes) { arena_ = Mapping(num_bytes, false); }
+
+const Value* Program::add_value(Rows rows, int64_t columns, unsigned forms, size_t offset) {
+  if (columns <= 0) throw std::invalid_argument("columns: must be positive");
+  if ((forms & (kFormQ8)) != 0 && columns % kGroup != 0)
+    throw std::invalid_argument("columns: int8 activations need a multiple of 32");
+  if (offset % 64 != 0 || offset + value_bytes(max_rows(rows), columns, forms) > arena_.size())
+    throw std::invalid_argument("offset: outside the arena");
+  values_.push_back(
+      std::make_unique<Value>(place_value(arena_.data() + offset, rows, max_rows(rows), columns, forms)));
+  return values_.back().get();
+}
+
+void Program::reserve_weights(size_t num_bytes) { weights_ = Mapping(num_bytes, true); }
+
+const PackedMatrix* Program::add_matrix(PackedMatrix matrix) {
+  matrix.check();
+  const size_t num_bytes = matrix.bytes_per_tile() * matrix.sources.size();
+  if (weights_used_ + num_bytes > weights_.size()) throw std::invalid_argument("matrix: the weight arena is too small");
+  matrix.data = weights_.data() + weights_used_;
+  weights_used_ += num_bytes;
+  matrices_.push_back(std::make_unique<PackedMatrix>(std::move(matrix)));
+  return matrices_.back().get();
+}
+
+void Program::pack(const PackedMatrix& matrix) {
+  PackJob job{&matrix, &kernels_};
+  pool_.run(pack_worker, &job);
+}
+
+const RopeTable* Program::add_rope(RopeTable table) {
+  const size_t expected = static_cast<size_t>(limits_.max_position) * static_cast<size_t>(table.rotary_dim / 2);
+  if (table.cosine.size() != expected || table.sine.size() != expected)
+    throw std::invalid_argument("rope: tables must have max_position x rotary_dim / 2 entries");
+  ropes_.push_back(std::make_unique<RopeTable>(std::move(table)));
+  return ropes_.back().get();
+}
+
+void Program::add_node(std::unique_ptr<Node> node) {
+  scratch_per_worker_ = std::max(scratch_per_worker_, (node->scratch_bytes() + 4095) / 4096 * 4096);
+  nodes_.push_back(std::move(node));
+  node_seconds_.push_back(0.0);
+  scratch_ = Mapping();
+}
+
+void Program::allocate_kv(int num_layers, int num_blocks, int kv_heads, int head_dim) {
+  if (head_dim % 16 != 0 || head_dim > kMaxHeadDim)
+    throw std::invalid_argument("head_dim: " + std::to_string(head_dim) + " is not a multiple of 16 up to 512");
+  KvCache kv;
+  kv.num_layers = num_layers;
+  kv.num_blocks = num_blocks;
+  kv.kv_heads = kv_heads;
+  kv.head_dim = head_dim;
+  kv.memory = Mapping(KvCache::bytes_per_block(num_layers, kv_heads, head_dim) * static_cast<size_t>(num_blocks), false);
+  kv_ = std::move(kv);
+}
+
+void Program::set_query_heads_per_kv_head(int heads) {
+  if (heads <= 0 || heads > kMaxQueryRows) throw std::invalid_argument("heads: more than 32 query heads per KV head");
+  heads_per_group_ = heads;
+}
+
+void Program::check(const StepArrays& arrays) const {
+  if (kv_.num_blocks == 0) throw std::invalid_argument("program: allocate_kv comes first");
+  if (arrays.num_tokens <= 0 || arrays.num_tokens > limits_.max_num_tokens)
+    throw std::invalid_argument("token_ids: between 1 and " + std::to_string(limits_.max_num_tokens) + " expected");
+  if (arrays.num_seqs <= 0 || arrays.num_seqs > limits_.max_num_seqs)
+    throw std::invalid_argument("seq_lens: between 1 and " + std::to_string(limits_.max_num_seqs) + " expected");
+  if (arrays.num_rows < 0 || arrays.num_rows > limits_.max_logit_rows)
+    throw std::invalid_argument("logit_rows: at most " + std::to_string(limits_.max_logit_rows) + " expected");
+}
+
+bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
+  check(arrays);
+  step_.kv = &kv_;
+  step_.prepare(arrays, blocks, limits_.max_position, std::max(1, kMaxQueryRows / heads_per_group_));
+  if (scratch_.data() == nullptr) {
+    scratch_ = Mapping(scratch_per_worker_ * static_cast<size_t>(pool_.num_threads()), false);
+    next_item_ = std::make_unique<std::atomic<int64_t>[]>(nodes_.size());
+  }
+  for (size_t i = 0; i < nodes_.size(); ++i) next_item_[i].store(0, std::memory_order_relaxed);
+  abort_after_.store(kNever, std::memory_order_relaxed);
+  pool_.run(worker_entry, this);
+  ++num_runs_;
+  return abort_after_.load(std::memory_order_relaxed) == kNever;
+}
+
+void Program::worker_entry(void* context, int worker) { static_cast<Program*>(context)->walk(worker); }
+
+void Program::walk(int worker) {
+  const Worker self{&kernels_, scratch_.data() + static_cast<size_t>(worker) * scratch_per_worker_};
+  double before = worker == 0 ? seconds_now() : 0.0;
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    const Node& node = *nodes_[i];
+    const int64_t count = node.num_items(step_);
+    for (int64_t item = next_item_[i].fetch_add(1, std::memory_order_relaxed); item < count;
+         item = next_item_[i].fetch_add(1, std::memory_order_relaxed))
+      node.run(step_, item, self);
+    if (worker == 0 && progress_ != nullptr) {
+      progress_->bump();
+      if (progress_->abort() && abort_after_.load(std::memory_order_relaxed) == kNever)
+        abort_after_.store(i, std::memory_order_relaxed);
+    }
+    pool_.barrier();
+    if (worker == 0) {
+      const double now = seconds_now();
+      node_seconds_[i] += now - before;
+      before = now;
+    }
+    if (abort_after_.load(std::memory_order_relaxed) <= i) return;
+  }
+}
+
+std::vector<NodeTime> Program::take_times() {
+  std::map<std::string, NodeTime> by_kind;
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    NodeTime& entry = by_kind[nodes_[i]->kind()];
+    entry.kind = nodes_[i]->kind();
+    entry.seconds += node_seconds_[i];
+    entry.count += num_runs_;
+    node_seconds_[i] = 0.0;
+  }
+  num_runs_ = 0;
+  std::vector<NodeTime> times;
+  for (auto& [kind, entry] : by_kind) times.push_back(entry);
+  return times;
+}
+
+}  // namespace llmserve

@@ -1,0 +1,94 @@
+// A compiled network: values in one arena, packed weights, a KV cache, and nodes in the order they run.
+//
+// Built once from Python (ops/compiler.py), then `run` is one call per step: every worker walks the same list of nodes,
+// claims work items by an atomic counter, and meets the others at a barrier after each node.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/memory.h"
+#include "core/progress.h"
+#include "core/thread_pool.h"
+#include "cpu/node.h"
+
+namespace llmserve {
+
+struct ProgramLimits {
+  int max_num_tokens = 0;
+  int max_num_seqs = 0;
+  int max_logit_rows = 0;
+  int max_position = 0;
+};
+
+struct NodeTime {
+  std::string kind;
+  double seconds;
+  int64_t count;
+};
+
+class Program {
+ public:
+  // `isa` as for choose_kernels. Throws std::invalid_argument.
+  Program(const std::string& isa, int num_threads, const ProgramLimits& limits);
+
+  const KernelTable& kernels() const { return kernels_; }
+  const ProgramLimits& limits() const { return limits_; }
+  int num_threads() const { return pool_.num_threads(); }
+
+  // Arena and values.
+  void reserve_arena(size_t num_bytes);
+  const Value* add_value(Rows rows, int64_t columns, unsigned forms, size_t offset);
+  int64_t max_rows(Rows rows) const { return rows == Rows::kTokens ? limits_.max_num_tokens : limits_.max_logit_rows; }
+
+  // Weights: reserve all bytes, add matrices, then pack each (in parallel).
+  void reserve_weights(size_t num_bytes);
+  const PackedMatrix* add_matrix(PackedMatrix matrix);
+  void pack(const PackedMatrix& matrix);
+
+  const RopeTable* add_rope(RopeTable table);
+  void add_node(std::unique_ptr<Node> node);
+
+  // Throws std::bad_alloc, std::invalid_argument.
+  void allocate_kv(int num_layers, int num_blocks, int kv_heads, int head_dim);
+  void set_query_heads_per_kv_head(int heads);
+  void attach_progress(std::shared_ptr<ProgressCell> cell) { progress_ = std::move(cell); }
+
+  // Runs one step. Returns false when it was aborted half-way. Throws std::invalid_argument before anything ran.
+  bool run(const StepArrays& arrays, BlockPool& blocks);
+
+  std::vector<NodeTime> take_times();
+
+ private:
+  static void worker_entry(void* context, int worker);
+  void walk(int worker);
+  void check(const StepArrays& arrays) const;
+
+  KernelTable kernels_;
+  ProgramLimits limits_;
+  ThreadPool pool_;
+  Mapping arena_, weights_, scratch_;
+  size_t weights_used_ = 0;
+  size_t scratch_per_worker_ = 0;
+  std::vector<std::unique_ptr<Value>> values_;
+  std::vector<std::unique_ptr<PackedMatrix>> matrices_;
+  std::vector<std::unique_ptr<RopeTable>> ropes_;
+  std::vector<std::unique_ptr<Node>> nodes_;
+  std::vector<double> node_seconds_;
+  int64_t num_runs_ = 0;
+  KvCache kv_;
+  int heads_per_group_ = 1;
+  std::shared_ptr<ProgressCell> progress_;
+
+  Step step_;
+  std::unique_ptr<std::atomic<int64_t>[]> next_item_;  // one per node
+  // The node after which all workers leave. An index, not a flag: a worker that is late at node i must not act on
+  // what worker 0 has already found at node i + 1, or it would miss that node's barrier.
+  std::atomic<size_t> abort_after_{kNever};
+  static constexpr size_t kNever = ~size_t{0};
+};
+
+}  // namespace llmserve

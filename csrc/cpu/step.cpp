@@ -1,0 +1,47 @@
+#include "cpu/step.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace llmserve {
+
+void Step::prepare(const StepArrays& arrays, BlockPool& pool, int max_position, int tokens_per_chunk) {
+  static_cast<StepArrays&>(*this) = arrays;
+  tables.resize(static_cast<size_t>(num_seqs));
+  slots.resize(static_cast<size_t>(num_tokens));
+  chunks.clear();
+  if (query_start[0] != 0 || query_start[num_seqs] != num_tokens)
+    throw std::invalid_argument("query_start: does not span the tokens of the step");
+  for (int seq = 0; seq < num_seqs; ++seq) prepare_sequence(seq, pool, max_position, tokens_per_chunk);
+  for (int row = 0; row < num_rows; ++row)
+    if (logit_rows[row] < 0 || logit_rows[row] >= num_tokens)
+      throw std::invalid_argument("logit_rows: a row is out of range");
+  std::stable_sort(chunks.begin(), chunks.end(),
+                   [](const QueryChunk& a, const QueryChunk& b) { return a.cost > b.cost; });
+  new_blocks = pool.take_new_blocks();
+}
+
+void Step::prepare_sequence(int seq, const BlockPool& pool, int max_position, int tokens_per_chunk) {
+  const int first = query_start[seq], end = query_start[seq + 1];
+  if (end <= first) throw std::invalid_argument("query_start: every sequence needs at least one token");
+  const std::vector<int32_t>& table = pool.table(block_tables[seq]);
+  tables[static_cast<size_t>(seq)] = table.data();
+  const int start = seq_lens[seq] - (end - first);
+  if (start < 0 || seq_lens[seq] > max_position)
+    throw std::invalid_argument("seq_lens: sequence " + std::to_string(seq) + " is out of range");
+  if (static_cast<int64_t>(table.size()) * kKvBlock < seq_lens[seq])
+    throw std::invalid_argument("block_tables: sequence " + std::to_string(seq) + " has too few blocks");
+  for (int row = first; row < end; ++row) {
+    const int position = start + row - first;
+    if (positions[row] != position) throw std::invalid_argument("positions: not consecutive up to seq_lens");
+    slots[static_cast<size_t>(row)] = {table[static_cast<size_t>(position / kKvBlock)], position % kKvBlock};
+  }
+  for (int row = first; row < end; row += tokens_per_chunk) {
+    const int count = std::min(tokens_per_chunk, end - row);
+    const int64_t last = start + row - first + count;
+    chunks.push_back({seq, row, count, last * count});
+  }
+}
+
+}  // namespace llmserve

@@ -1,0 +1,83 @@
+// One step's work as the nodes see it: the caller's arrays, and what is derived from them once per step.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/block_pool.h"
+#include "core/memory.h"
+#include "cpu/kernel_table.h"
+
+namespace llmserve {
+
+// The paged KV cache: per (layer, block, KV head) K [D/2][16][2] then V [8][D][2], bf16.
+struct KvCache {
+  Mapping memory;
+  int num_layers = 0;
+  int num_blocks = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+
+  int64_t head_elements() const { return int64_t{2} * kKvBlock * head_dim; }
+  int64_t block_stride() const { return head_elements() * kv_heads; }
+  static size_t bytes_per_block(int layers, int heads, int dim) {
+    return static_cast<size_t>(layers) * static_cast<size_t>(heads) * static_cast<size_t>(dim) * kKvBlock * 2 * 2;
+  }
+  uint16_t* at(int layer, int64_t block, int head) const {
+    return reinterpret_cast<uint16_t*>(memory.data()) +
+           (static_cast<int64_t>(layer) * num_blocks + block) * block_stride() + head * head_elements();
+  }
+};
+
+// The caller's arrays; lengths as in the Python `StepInput`.
+struct StepArrays {
+  int num_tokens = 0, num_seqs = 0, num_rows = 0, max_top = 0;
+  const int32_t* token_ids = nullptr;
+  const int32_t* positions = nullptr;
+  const int32_t* query_start = nullptr;
+  const int32_t* seq_lens = nullptr;
+  const int64_t* block_tables = nullptr;
+  const int32_t* logit_rows = nullptr;
+  const int32_t* targets = nullptr;
+  const float* temperature = nullptr;
+  const int32_t* top_k = nullptr;
+  const float* top_p = nullptr;
+  const float* min_p = nullptr;
+  const uint64_t* seed = nullptr;
+  const int64_t* sample_position = nullptr;
+  const int32_t* num_logprobs = nullptr;
+  int32_t* out_token_ids = nullptr;
+  float* out_logprobs = nullptr;
+  int32_t* out_ranks = nullptr;
+  int32_t* out_top_ids = nullptr;       // [num_rows, max_top]
+  float* out_top_logprobs = nullptr;
+};
+
+struct Slot {
+  int32_t block;
+  int32_t offset;
+};
+
+// Consecutive tokens of one sequence whose query rows fit one attention task.
+struct QueryChunk {
+  int32_t seq;
+  int32_t first_row;
+  int32_t num_tokens;
+  int64_t cost;
+};
+
+struct Step : StepArrays {
+  std::vector<const int32_t*> tables;  // [num_seqs]
+  std::vector<Slot> slots;             // [num_tokens]
+  std::vector<QueryChunk> chunks;      // longest first
+  std::vector<int32_t> new_blocks;     // to be zeroed first
+  const KvCache* kv = nullptr;
+
+  // Throws std::invalid_argument where the arrays contradict each other or the block tables.
+  void prepare(const StepArrays& arrays, BlockPool& pool, int max_position, int tokens_per_chunk);
+
+ private:
+  void prepare_sequence(int seq, const BlockPool& pool, int max_position, int tokens_per_chunk);
+};
+
+}  // namespace llmserve

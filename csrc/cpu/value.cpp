@@ -1,0 +1,72 @@
+#include "cpu/value.h"
+
+#include <cstring>
+
+namespace llmserve {
+
+namespace {
+
+constexpr size_t align64(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+struct FormBytes {
+  size_t f32, codes8, codes16, meta;
+};
+
+FormBytes form_bytes(int64_t num_rows, int64_t columns) {
+  const auto rows = static_cast<size_t>(num_rows);
+  const auto padded = static_cast<size_t>(padded_columns(columns));
+  return {align64(rows * static_cast<size_t>(columns) * 4), align64(rows * padded), align64(rows * padded * 2),
+          align64(rows * (padded / kGroup) * sizeof(GroupMeta))};
+}
+
+}  // namespace
+
+size_t value_bytes(int64_t num_rows, int64_t columns, unsigned forms) {
+  const FormBytes bytes = form_bytes(num_rows, columns);
+  size_t total = 0;
+  if ((forms & kFormF32) != 0) total += bytes.f32;
+  if ((forms & kFormQ8) != 0) total += bytes.codes8 + bytes.meta;
+  if ((forms & kFormBF16) != 0) total += bytes.codes16 + bytes.meta;
+  return total;
+}
+
+Value place_value(uint8_t* base, Rows rows, int64_t num_rows, int64_t columns, unsigned forms) {
+  const FormBytes bytes = form_bytes(num_rows, columns);
+  Value value;
+  value.rows = rows;
+  value.columns = columns;
+  value.forms = forms;
+  const auto take = [&base](size_t count) {
+    uint8_t* place = base;
+    base += count;
+    return place;
+  };
+  if ((forms & kFormF32) != 0) value.f32 = reinterpret_cast<float*>(take(bytes.f32));
+  if ((forms & kFormQ8) != 0) {
+    value.q8 = reinterpret_cast<int8_t*>(take(bytes.codes8));
+    value.q8_meta = reinterpret_cast<GroupMeta*>(take(bytes.meta));
+  }
+  if ((forms & kFormBF16) != 0) {
+    value.bf16 = reinterpret_cast<uint16_t*>(take(bytes.codes16));
+    value.bf16_meta = reinterpret_cast<GroupMeta*>(take(bytes.meta));
+  }
+  return value;
+}
+
+void write_forms(const KernelTable& kernels, const Value& value, int64_t row, int64_t column, const float* x,
+                 int64_t n) {
+  const int64_t padded = padded_columns(value.columns);
+  const int64_t groups = padded / kGroup;
+  if (value.f32 != nullptr && value.f32 + row * value.columns + column != x)
+    std::memcpy(value.f32 + row * value.columns + column, x, static_cast<size_t>(n) * sizeof(float));
+  if (value.q8 != nullptr)
+    kernels.quantize_q8(x, value.q8 + row * padded + column, value.q8_meta + row * groups + column / kGroup, n);
+  if (value.bf16 != nullptr) {
+    GroupMeta* meta = n % kGroup == 0 ? value.bf16_meta + row * groups + column / kGroup : nullptr;
+    kernels.round_bf16(x, value.bf16 + row * padded + column, meta, n);
+    // The kernels read pairs: what stands after an odd last column meets a zero weight and must not be a NaN.
+    if (column + n == value.columns && value.columns % 2 != 0) value.bf16[row * padded + value.columns] = 0;
+  }
+}
+
+}  // namespace llmserve

@@ -1,0 +1,108 @@
+"""Narrow frozen configurations, one per component. Each component takes only its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+RopeStyle = Literal["half", "interleaved"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding of a checkpoint."""
+
+    theta: float = 10000.0
+    """Base of the frequencies."""
+    rotary_dim: int = 0
+    """Rotated channels of a head; 0 means all of them."""
+    style: RopeStyle = "half"
+    """`half` pairs channel i with i + rotary_dim/2, `interleaved` pairs 2i with 2i + 1."""
+    scaling: Literal["none", "linear", "llama3", "factors"] = "none"
+    factor: float = 1.0
+    """linear and llama3: the stretch."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_len: int = 8192
+    factors: tuple[float, ...] = ()
+    """`factors`: divisor of each frequency (GGUF `rope_freqs.weight`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The shape of a network, read from a checkpoint, independent of its file format."""
+
+    architecture: str
+    """Key of `models.catalog`, e.g. `llama`, `qwen2`, `qwen3`."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: RopeConfig
+    max_position: int
+    """Longest context the checkpoint was trained for."""
+    tie_word_embeddings: bool = False
+    sliding_window: int = 0
+    """Tokens a query sees, itself included; 0 means all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorConfig:
+    """What an executor needs to build its program."""
+
+    max_num_tokens: int = 512
+    """Tokens of one step: the size of the activation arena."""
+    max_num_seqs: int = 128
+    """Sequences of one step."""
+    max_logit_rows: int = 128
+    """Rows of one step that need logits; at least max_num_seqs."""
+    max_model_len: int = 2048
+    """Positions a sequence can have."""
+    block_size: int = 16
+    num_threads: int = 0
+    """0: one per core available to the process."""
+    exact: bool = False
+    """Activations in BF16 instead of int8 for quantized weights."""
+    isa: str = ""
+    """Highest instruction set to use: scalar, avx2 or avx512; empty: the best there is. It only ever lowers the choice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All that an engine process is told at its start."""
+
+    model_path: Path
+    device: Literal["cpu", "reference"] = "cpu"
+    max_model_len: int = 0
+    """0: the checkpoint's own, shortened to what the KV cache can hold."""
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_bytes: int = 0
+    """0: sized from the free memory."""
+    num_threads: int = 0
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The HTTP frontend."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str = ""
+    """Empty: taken from MODEL."""
+    drain_timeout_s: float = 30.0
+    progress_timeout_s: float = 5.0
+    """Readiness turns off when a busy engine made no progress for this long."""
+    max_body_bytes: int = 16 * 1024 * 1024
+    keep_alive_comment_s: float = 5.0
+    generation_defaults: bool = True
+    """Take sampling defaults from the checkpoint's generation config."""
+    chat_template: str = field(default="")
+    """Empty: the checkpoint's own."""

@@ -1,0 +1,309 @@
+"""The compiler pass: a tape becomes nodes in which what belongs together is fused.
+
+Fused: Q, K and V projections with bias, head norm, rotation and the KV write; gate and up projections with the gated
+activation; a projection with its bias and residual; and quantization of activations into whatever produces them. The
+head runs on the rows that need logits only, and so does the norm before it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmserve.checkpoints.dequantize import dequantize
+from llmserve.ops import nodes as n
+from llmserve.ops import tape as t
+from llmserve.types import CheckpointTensor
+
+
+@dataclass(slots=True, eq=False)
+class Projection:
+    """A linear op that feeds one input of an attention, with what stands between them."""
+
+    linear: t.LinearOp
+    norm: t.NormOp | None
+    rope: t.RopeOp | None
+
+
+@dataclass(slots=True)
+class Plan:
+    """The compiled network, and what the KV cache must hold."""
+
+    nodes: list[n.Node]
+    attention: list[n.AttentionNode]
+
+
+def packed_type(tensor: CheckpointTensor, *, exact: bool) -> n.PackedType:
+    """The packed form of a weight: its own for quantized types, BF16 (exact: float32) for the others."""
+    match tensor.dtype:
+        case "q4_0" | "q4_1" | "q8_0":
+            return tensor.dtype
+        case _:
+            return "f32" if exact else "bf16"
+
+
+def activation_form(type_: n.PackedType, *, exact: bool) -> int:
+    """The form in which a GEMM with such weights reads its input."""
+    if type_ == "f32":
+        return n.F32
+    return n.BF16 if exact or type_ == "bf16" else n.Q8
+
+
+@dataclass(slots=True)
+class Compiler:
+    """One compilation. `exact` keeps activations in BF16 for quantized weights and float weights in float32."""
+
+    ops: Sequence[t.TapeOp]
+    exact: bool
+    nodes: list[n.Node] = field(default_factory=list)
+    _buffers: dict[t.TapeOp, n.Buffer] = field(default_factory=dict)
+    _users: dict[t.TapeOp, list[t.TapeOp]] = field(default_factory=lambda: defaultdict(list))
+    _fused: set[t.TapeOp] = field(default_factory=set)
+
+    def run(self) -> Plan:
+        """Raises `CheckpointError` for a network this executor cannot run."""
+        for op in self.ops:
+            for value in op.inputs:
+                self._users[value.producer].append(op)
+        for op in self.ops:
+            self._mark(op)
+        self.nodes.append(n.ZeroBlocksNode())
+        for op in self.ops:
+            if op not in self._fused:
+                self._lower(op)
+        attention = [node for node in self.nodes if isinstance(node, n.AttentionNode)]
+        _check_attention(attention)
+        return Plan(self.nodes, attention)
+
+    # What is fused into a later op is marked before anything is lowered.
+
+    def _mark(self, op: t.TapeOp) -> None:
+        match op:
+            case t.AttentionOp():
+                for value in op.inputs:
+                    projection = self._projection(value)
+                    chain = (projection.linear, projection.norm, projection.rope)
+                    self._fused.update(part for part in chain if part is not None)
+            case t.ActOp() if self._gated(op):
+                self._fused.update(value.producer for value in op.inputs)
+            case t.LogitsOp():
+                producer = op.inputs[0].producer
+                if isinstance(producer, t.NormOp) and self._users[producer] == [op]:
+                    self._fused.add(producer)
+
+    def _projection(self, value: t.TapeValue) -> Projection:
+        rope, norm, op = None, None, value.producer
+        if isinstance(op, t.RopeOp):
+            rope, op = op, self._only_input(op)
+        if isinstance(op, t.NormOp):
+            norm, op = op, self._only_input(op)
+        if not isinstance(op, t.LinearOp) or len(op.inputs) != 1 or len(self._users[op]) != 1:
+            t.refuse("attention over anything but projections of its own")
+        if norm is not None and (norm.heads is None or norm.kind != "rms" or norm.bias is not None):
+            t.refuse("queries and keys normalized other than by RMS over each head")
+        return Projection(op, norm, rope)
+
+    def _only_input(self, op: t.TapeOp) -> t.TapeOp:
+        if len(self._users[op]) != 1:
+            t.refuse("projections that are used twice")
+        return op.inputs[0].producer
+
+    def _gated(self, op: t.ActOp) -> bool:
+        parts = [value.producer for value in op.inputs]
+        if len(parts) != 2 or not all(isinstance(part, t.LinearOp) and len(part.inputs) == 1 for part in parts):
+            return False
+        up, gate = (part for part in parts if isinstance(part, t.LinearOp))
+        return (
+            up.inputs[0] is gate.inputs[0]
+            and up.weight.shape == gate.weight.shape
+            and self._type(up.weight) == self._type(gate.weight)
+            and self._users[up] == [op] == self._users[gate]
+        )
+
+    # Lowering: one method per op.
+
+    def _lower(self, op: t.TapeOp) -> None:
+        match op:
+            case t.EmbedOp():
+                node = n.EmbedNode(table=op.table, positions=op.positions, factor=op.scale)
+                self._emit(op, node, op.table.shape[1])
+            case t.NormOp():
+                self._lower_norm(op)
+            case t.LinearOp():
+                self._lower_linear(op)
+            case t.ActOp() if self._gated(op):
+                self._lower_gated(op)
+            case t.ActOp():
+                kind: Literal["act", "gated"] = "act" if len(op.inputs) == 1 else "gated"
+                self._emit(op, n.ElementwiseNode(op=kind, act=op.kind, reads=self._read(op)), op.inputs[0].columns)
+            case t.AddOp():
+                self._emit(op, n.ElementwiseNode(op="add", reads=self._read(op)), op.inputs[0].columns)
+            case t.ScaleOp():
+                node_ = n.ElementwiseNode(op="scale", by=op.by, reads=self._read(op))
+                self._emit(op, node_, op.inputs[0].columns)
+            case t.AttentionOp():
+                self._lower_attention(op)
+            case t.LogitsOp():
+                self._lower_logits(op)
+            case _:
+                t.refuse(f"{type(op).__name__} outside a projection")
+
+    def _emit(self, op: t.TapeOp, node: n.Node, columns: int) -> n.Buffer:
+        node.out = n.Buffer("tokens", columns)
+        self._buffers[op] = node.out
+        self.nodes.append(node)
+        return node.out
+
+    def _read(self, op: t.TapeOp, form: int = n.F32) -> list[n.Buffer]:
+        return [self._input(value, form) for value in op.inputs]
+
+    def _input(self, value: t.TapeValue, form: int) -> n.Buffer:
+        buffer = self._buffers[value.producer]
+        buffer.forms |= form
+        return buffer
+
+    def _type(self, weight: CheckpointTensor) -> n.PackedType:
+        return packed_type(weight, exact=self.exact)
+
+    def _form(self, weight: CheckpointTensor) -> int:
+        return activation_form(self._type(weight), exact=self.exact)
+
+    def _lower_norm(self, op: t.NormOp) -> None:
+        if op.heads is not None:
+            t.refuse("head norms outside attention")
+        node = n.NormNode(kind=op.kind, weight=op.weight, bias=op.bias, eps=op.eps, reads=self._read(op))
+        self._emit(op, node, op.inputs[0].columns)
+
+    def _lower_linear(self, op: t.LinearOp) -> None:
+        rows = op.weight.shape[0]
+        matrix = n.Matrix(self._type(op.weight))
+        matrix.add_rows(op.weight, 0, rows)
+        reads = [self._input(op.inputs[0], self._form(op.weight))]
+        reads += [self._input(value, n.F32) for value in op.inputs[1:]]
+        bias = None if op.bias is None else _tiled([(op.bias, 0, rows)])
+        self._emit(op, n.GemmNode(matrix=matrix, items=_plain_items(rows), bias=bias, reads=reads), rows)
+
+    def _lower_gated(self, op: t.ActOp) -> None:
+        up, gate = (value.producer for value in op.inputs)
+        assert isinstance(up, t.LinearOp) and isinstance(gate, t.LinearOp)
+        rows = up.weight.shape[0]
+        matrix, items = n.Matrix(self._type(up.weight)), []
+        parts: list[tuple[CheckpointTensor | None, int, int]] = []
+        for row in range(0, rows, n.TILE):
+            count = min(n.TILE, rows - row)
+            tile = matrix.add_rows(gate.weight, row, count)
+            matrix.add_rows(up.weight, row, count)
+            parts += [(gate.bias, row, count), (up.bias, row, count)]
+            items.append((n.GATED, tile, 2, row, count, 0))
+        bias = None if up.bias is None and gate.bias is None else _tiled(parts)
+        reads = [self._input(up.inputs[0], self._form(up.weight))]
+        self._emit(op, n.GemmNode(matrix=matrix, items=items, bias=bias, act=op.kind, reads=reads), rows)
+
+    def _lower_attention(self, op: t.AttentionOp) -> None:
+        spec = op.spec
+        queries = n.Buffer("tokens", spec.heads * spec.head_dim, n.F32)
+        for node in self._heads_nodes(op, queries):
+            self.nodes.append(node)
+        out = self._emit(op, n.AttentionNode(spec=spec, layer=op.layer, reads=[queries]), queries.columns)
+        if spec.heads // spec.kv_heads * spec.head_dim % n.GROUP != 0:
+            # A head group ends inside a quantization group: the forms are made from whole rows.
+            out.forms |= n.F32
+            self._emit(op, n.ElementwiseNode(op="forms", reads=[out]), queries.columns)
+
+    def _heads_nodes(self, op: t.AttentionOp, queries: n.Buffer) -> list[n.HeadsNode]:
+        """One node per (input, packed type): usually one for all of Q, K and V."""
+        kinds = zip((n.QUERY, n.KEY, n.VALUE), (self._projection(value) for value in op.inputs), strict=True)
+        groups: dict[tuple[t.TapeOp, n.PackedType], list[tuple[int, Projection]]] = defaultdict(list)
+        for kind, projection in kinds:
+            source = projection.linear.inputs[0].producer
+            groups[source, self._type(projection.linear.weight)].append((kind, projection))
+        return [self._heads_node(op, parts, queries) for parts in groups.values()]
+
+    def _heads_node(self, op: t.AttentionOp, parts: list[tuple[int, Projection]], queries: n.Buffer) -> n.HeadsNode:
+        head_dim = op.spec.head_dim
+        first = parts[0][1].linear
+        matrix, items = n.Matrix(self._type(first.weight)), []
+        biases: list[tuple[CheckpointTensor | None, int, int]] = []
+        for kind, projection in parts:
+            weight = projection.linear.weight
+            for head in range(weight.shape[0] // head_dim):
+                tile = matrix.add_rows(weight, head * head_dim, head_dim)
+                items.append((kind, tile, len(matrix.sources) - tile, head * head_dim, head_dim, head))
+                biases.append((projection.linear.bias, head * head_dim, head_dim))
+        by_kind = dict(parts)
+        norms = {kind: projection.norm for kind, projection in parts if projection.norm is not None}
+        ropes = [p.rope.rope for p in by_kind.values() if p.rope is not None]
+        if any(rope is not ropes[0] for rope in ropes) or (n.VALUE in by_kind and by_kind[n.VALUE].rope is not None):
+            t.refuse("queries and keys rotated differently")
+        if len({norm.eps for norm in norms.values()}) > 1:
+            t.refuse("different epsilons in the norms of queries and keys")
+        return n.HeadsNode(
+            matrix=matrix,
+            items=items,
+            bias=None if all(bias is None for bias, _, _ in biases) else _tiled(biases),
+            rope=ropes[0] if ropes else None,
+            query_norm=norms[n.QUERY].weight if n.QUERY in norms else None,
+            key_norm=norms[n.KEY].weight if n.KEY in norms else None,
+            norm_eps=next((norm.eps for norm in norms.values()), 0.0),
+            head_dim=head_dim,
+            layer=op.layer,
+            reads=[self._input(first.inputs[0], self._form(first.weight))],
+            out=queries if n.QUERY in by_kind else None,
+        )
+
+    def _lower_logits(self, op: t.LogitsOp) -> None:
+        value, norm = op.inputs[0], None
+        if value.producer in self._fused:
+            norm = value.producer
+            assert isinstance(norm, t.NormOp)
+            value = norm.inputs[0]
+        rows = n.Buffer("logits", value.columns)
+        self.nodes.append(n.GatherNode(reads=[self._input(value, n.F32)], out=rows))
+        if norm is not None:
+            rows.forms |= n.F32
+            normed = n.Buffer("logits", value.columns)
+            node = n.NormNode(kind=norm.kind, weight=norm.weight, bias=norm.bias, eps=norm.eps, reads=[rows], out=normed)
+            self.nodes.append(node)
+            rows = normed
+        rows.forms |= self._form(op.head)
+        vocab = op.head.shape[0]
+        matrix = n.Matrix(self._type(op.head))
+        matrix.add_rows(op.head, 0, vocab)
+        logits = n.Buffer("logits", vocab, n.F32)
+        gemm = n.GemmNode(matrix=matrix, items=_plain_items(vocab), factor=op.scale, reads=[rows], out=logits)
+        gemm.softcap = op.softcap or 0.0
+        self.nodes += [gemm, n.SampleNode(reads=[logits])]
+
+
+def _plain_items(rows: int) -> list[tuple[int, int, int, int, int, int]]:
+    return [(n.PLAIN, row // n.TILE, 1, row, min(n.TILE, rows - row), 0) for row in range(0, rows, n.TILE)]
+
+
+def _tiled(parts: Sequence[tuple[CheckpointTensor | None, int, int]]) -> NDArray[np.float32]:
+    """Biases in tile order: each part starts at a tile, what is past it is zero."""
+    padded = []
+    for tensor, first, count in parts:
+        tiles = -(-count // n.TILE)
+        values = np.zeros(tiles * n.TILE, np.float32)
+        if tensor is not None:
+            values[:count] = dequantize(tensor).reshape(-1)[first : first + count]
+        padded.append(values)
+    return np.concatenate(padded)
+
+
+def _check_attention(attention: Sequence[n.AttentionNode]) -> None:
+    if not attention:
+        t.refuse("networks without attention")
+    first = attention[0].spec
+    for spec in (node.spec for node in attention):
+        if (spec.heads, spec.kv_heads, spec.head_dim) != (first.heads, first.kv_heads, first.head_dim):
+            t.refuse("layers that differ in their heads")
+        if spec.mask != "causal" or spec.softcap or spec.sinks is not None or spec.kv_group != "full":
+            t.refuse("attention that is bidirectional, soft-capped, with sinks or of a KV group other than 'full'")
+        if spec.head_dim % 16 or spec.head_dim > 512 or spec.heads // spec.kv_heads > 32:
+            t.refuse(f"heads of {spec.head_dim} channels, {spec.heads // spec.kv_heads} query heads per KV head")

@@ -1,0 +1,123 @@
+"""The plain data that crosses layers and processes.
+
+Owns the wire types (`SamplingParams`, `Request`, `Output` and what they hold) and `CheckpointTensor`.
+Everything here is immutable; wire types are `msgspec.Struct`s, so one definition serves both processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one sequence is sampled. All values are final: defaults were applied and bounds checked by the frontend."""
+
+    max_tokens: int = 16
+    """Upper limit of generated tokens; 0 is allowed and scores the prompt only."""
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches top_p, in (0, 1]."""
+    min_p: float = 0.0
+    """Drop tokens less likely than min_p times the most likely one, in [0, 1]."""
+    seed: int = 0
+    """Key of the Philox generator, 0 ≤ seed < 2**64; the frontend draws one when the client gave none."""
+    stop_token_ids: tuple[int, ...] = ()
+    """A generated token of this set ends the sequence with `stop`; the end-of-generation set is already in it."""
+    num_logprobs: int | None = None
+    """None: none. k ≥ 0: log-probability of the sampled token and of the k most likely ones."""
+    num_prompt_logprobs: int | None = None
+    """The same for every prompt token but the first, reported with the first output."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Raw log-probabilities (natural log, before temperature and filters) at one position."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate, as the engine sees it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    priority: int = 0
+    """Smaller is more urgent."""
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step produced for one request. Exactly one output per request has a `finish_reason`."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    """New tokens, a stop token included."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One entry per new token when asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """One entry per prompt token from the second on, once, when asked for."""
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The token that ended the sequence with `stop`."""
+    error: str | None = None
+    """One line, only with `finish_reason == "error"`."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine says of itself once it is ready."""
+
+    model_path: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    num_blocks: int
+    block_size: int
+    kv_cache_bytes: int
+    weight_bytes: int
+    device: str
+    isa: str
+    num_threads: int
+    load_s: float
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Gauges and running totals of an engine, sent with every step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks_used: int = 0
+    num_blocks: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    last_step_tokens: int = 0
+    last_step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckpointTensor:
+    """A tensor as it lies in a checkpoint file: never copied, never converted."""
+
+    name: str
+    """Canonical name (see `checkpoints.names`)."""
+    dtype: str
+    """`f32`, `f16`, `bf16`, `q4_0`, `q4_1`, `q8_0`."""
+    shape: tuple[int, ...]
+    """Logical shape, row-major, e.g. (out_features, in_features)."""
+    data: memoryview
+    """The bytes, mapped read-only; it keeps the mapping alive."""
