@@ -1,4 +1,4 @@
-"""A scripted engine: speaks the `EngineClient` protocol, samples nothing. And the application around it, without a socket."""
+"""A scripted engine: speaks the `EngineClient` protocol, samples nothing. The application around it has no socket."""
 
 from __future__ import annotations
 

@@ -65,7 +65,9 @@ def test_echo_with_logprobs_scores_the_prompt() -> None:
 def test_echo_as_evaluation_harnesses_ask_for_it() -> None:
     """One generated token comes after the prompt's, also when it is the end token."""
     ids = ids_of("abc")
-    logprobs = Server(says("")).complete(prompt=[ids], echo=True, logprobs=1, max_tokens=1).json()["choices"][0]["logprobs"]
+    logprobs = (
+        Server(says("")).complete(prompt=[ids], echo=True, logprobs=1, max_tokens=1).json()["choices"][0]["logprobs"]
+    )
     assert len(logprobs["token_logprobs"]) == len(ids) + 1
     assert len({len(column) for column in logprobs.values()}) == 1
 

@@ -182,7 +182,9 @@ _JSON = st.recursive(
 def _bodies(struct: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
     names = st.sampled_from(struct.__struct_fields__)
     valid = {"messages": [{"role": "user", "content": "a"}]} if struct is ChatBody else {"prompt": "a"}
-    return _JSON | st.dictionaries(names, _JSON, max_size=4) | st.dictionaries(names, _JSON, max_size=3).map(valid.__or__)
+    return (
+        _JSON | st.dictionaries(names, _JSON, max_size=4) | st.dictionaries(names, _JSON, max_size=3).map(valid.__or__)
+    )
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,98 @@
+"""Exported metrics: their names, buckets and values."""
+
+from __future__ import annotations
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from llmserve.errors import EngineFault
+from llmserve.metrics import REQUEST_BUCKETS_S, TOKEN_BUCKETS_S, TTFT_BUCKETS_S, Metrics
+from tests.service.scripted import Server, says
+
+GOLDEN = {
+    "vllm:num_requests_running": "gauge",
+    "vllm:num_requests_waiting": "gauge",
+    "vllm:kv_cache_usage_perc": "gauge",
+    "vllm:cache_config_info": "gauge",
+    "vllm:prompt_tokens": "counter",
+    "vllm:generation_tokens": "counter",
+    "vllm:num_preemptions": "counter",
+    "vllm:request_success": "counter",
+    "vllm:time_to_first_token_seconds": "histogram",
+    "vllm:inter_token_latency_seconds": "histogram",
+    "vllm:request_time_per_output_token_seconds": "histogram",
+    "vllm:e2e_request_latency_seconds": "histogram",
+    "vllm:request_prompt_tokens": "histogram",
+    "vllm:request_generation_tokens": "histogram",
+    "llmserve_http_responses": "counter",
+}
+
+
+def samples(text: str) -> dict[str, float]:
+    """`name{labels without le and model_name}` → value."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = {name: value for name, value in sample.labels.items() if name != "model_name"}
+            found[sample.name + "".join(f" {name}={value}" for name, value in sorted(labels.items()))] = sample.value
+    return found
+
+
+def test_names_are_golden() -> None:
+    families = text_string_to_metric_families(Metrics(model_name="m").render().decode())
+    assert {family.name: family.type for family in families} == GOLDEN
+
+
+def test_every_vllm_sample_bears_the_model_name() -> None:
+    for family in text_string_to_metric_families(Metrics(model_name="m").render().decode()):
+        if family.name.startswith("vllm:"):
+            assert all(sample.labels["model_name"] == "m" for sample in family.samples)
+
+
+def test_buckets() -> None:
+    found = samples(Metrics(model_name="m").render().decode())
+    for name, bounds in (
+        ("time_to_first_token_seconds", TTFT_BUCKETS_S),
+        ("inter_token_latency_seconds", TOKEN_BUCKETS_S),
+        ("request_time_per_output_token_seconds", TOKEN_BUCKETS_S),
+        ("e2e_request_latency_seconds", REQUEST_BUCKETS_S),
+    ):
+        labels = {key.split("le=")[1] for key in found if key.startswith(f"vllm:{name}_bucket")}
+        assert labels == {*map(str, bounds), "+Inf"}
+
+
+def test_a_value_on_a_bound_counts_in_its_bucket() -> None:
+    metrics = Metrics(model_name="m")
+    metrics.time_to_first_token.observe(0.25)
+    buckets = dict(metrics.time_to_first_token.cumulative()[0])
+    assert (buckets["0.1"], buckets["0.25"], buckets["+Inf"]) == (0.0, 1.0, 1.0)
+
+
+def test_served_requests_are_counted() -> None:
+    server = Server(says("abc"))
+
+    async def act(http: httpx.AsyncClient) -> str:
+        await http.post("/v1/completions", json={"prompt": "hi"})
+        await http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 2})
+        server.client.script = lambda _: [EngineFault("x")]
+        await http.post("/v1/completions", json={"prompt": "hi"})
+        return (await http.get("/metrics")).text
+
+    found = samples(server.run(act))
+    assert found["vllm:request_success_total finished_reason=stop"] == 1
+    assert found["vllm:request_success_total finished_reason=length"] == 1
+    assert found["vllm:request_success_total finished_reason=error"] == 1
+    assert found["vllm:time_to_first_token_seconds_count"] == 2
+    assert found["vllm:inter_token_latency_seconds_count"] == 3 + 1
+    assert found["vllm:request_generation_tokens_sum"] == 4 + 2
+    assert found["vllm:kv_cache_usage_perc"] == 0.25
+    assert found["vllm:generation_tokens_total"] == 3
+    assert found["vllm:cache_config_info block_size=16 num_gpu_blocks=64"] == 1
+    assert found["llmserve_http_responses_total route=/v1/completions status=200"] == 2
+    assert found["llmserve_http_responses_total route=/v1/completions status=500"] == 1
+
+
+def test_two_servers_share_nothing() -> None:
+    first, second = Metrics(model_name="a"), Metrics(model_name="b")
+    first.finished["stop"] += 1
+    assert samples(second.render().decode())["vllm:request_success_total finished_reason=stop"] == 0
