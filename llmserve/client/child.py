@@ -15,11 +15,15 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 
 from llmserve.client import wire
 from llmserve.config import EngineConfig
+
+if TYPE_CHECKING:
+    from llmserve._C import ProgressCell
 
 _LAST_WORDS_MS = 20
 """How long a dead child's last messages may take through the I/O thread."""
@@ -44,7 +48,7 @@ class EngineChild:
         self._on_message = on_message
         self._on_exit = on_exit
         self._progress_path = endpoint.with_suffix(".progress")
-        self._progress_cell: object = None
+        self._progress_cell: ProgressCell | None = None
         self._outbox = _bind(context, zmq.PUSH, endpoint.with_suffix(".in"))
         self._inbox = _bind(context, zmq.PULL, endpoint.with_suffix(".out"))
         self._inbox_fd = self._inbox.fileno()
@@ -79,7 +83,7 @@ class EngineChild:
             from llmserve._C import ProgressCell
 
             self._progress_cell = ProgressCell(str(self._progress_path), False)
-        return getattr(self._progress_cell, "value", 0)
+        return self._progress_cell.value if self._progress_cell is not None else 0
 
     def kill(self) -> None:
         """End the process now."""

@@ -1,4 +1,7 @@
-"""Both engine clients over a real engine: the NumPy executor and a tiny checkpoint."""
+"""Both engine clients over a real engine and a tiny checkpoint.
+
+Most use the NumPy executor: it is slow enough that a stream can be interrupted in the middle.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,11 @@ MAX_LEN = 128
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     path = write(TinyModel(name="tiny", model_type="llama"), tmp_path_factory.mktemp("checkpoint"))
     return EngineConfig(model_path=path, device="reference", max_model_len=MAX_LEN, kv_cache_bytes=1 << 23)
+
+
+@pytest.fixture(scope="module")
+def cpu_config(config: EngineConfig) -> EngineConfig:
+    return replace(config, device="cpu")
 
 
 def make_request(request_id: str, max_tokens: int, prompt: list[int] | None = None) -> Request:
@@ -91,6 +100,16 @@ def test_requests_together_equal_requests_alone(make_client: Callable[[], Engine
         assert client.stats.num_generation_tokens == 9 * 20
 
     serve(make_client, use)
+
+
+def test_compiled_executor_serves_and_counts_its_progress(cpu_config: EngineConfig) -> None:
+    async def use(client: ProcessClient) -> None:
+        alone = await complete(client, "alone", 100)
+        assert await asyncio.gather(*[complete(client, str(i), 100) for i in range(32)]) == [alone] * 32
+        assert client._child is not None
+        assert client._child.progress() > 100
+
+    serve(lambda: ProcessClient(cpu_config), use)
 
 
 def test_refusals(make_client: Callable[[], EngineClient]) -> None:
@@ -224,6 +243,7 @@ def test_stop_while_loading(config: EngineConfig) -> None:
 
 PARENT = """
 import asyncio, os, sys
+from dataclasses import replace
 from pathlib import Path
 from llmserve.client import wire
 from llmserve.client.process import ProcessClient
@@ -252,14 +272,14 @@ def test_child_dies_with_its_parent(config: EngineConfig) -> None:
 
 
 @pytest.mark.slow
-def test_idle_engine_uses_no_time(config: EngineConfig) -> None:
+def test_idle_engine_uses_no_time(cpu_config: EngineConfig) -> None:
     async def use(client: ProcessClient) -> None:
         await complete(client, "a", 5)
         before_s = cpu_s(client.pid or 0) + time.process_time()
         await asyncio.sleep(3.0)
         assert cpu_s(client.pid or 0) + time.process_time() - before_s < 0.03
 
-    serve(lambda: ProcessClient(config), use)
+    serve(lambda: ProcessClient(cpu_config), use)
 
 
 def cpu_s(pid: int) -> float:
