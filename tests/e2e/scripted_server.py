@@ -1,7 +1,8 @@
 """A real server process around the scripted engine. The prompt says what the engine does.
 
-`forever`: one token each 10 ms, without end. `stuck`: nothing ever comes. `slow`: the first token comes late. `break`: fails
-after two tokens. `many N`: N tokens as fast as they are taken. Anything else is answered by `hello wörld`.
+`forever`: one token each 10 ms, without end. `stuck`: nothing ever comes. `slow`: the first token comes late.
+`break`: fails after two tokens. `many N`: N tokens as fast as they are taken. Anything else is answered by `hello
+wörld`.
 """
 
 from __future__ import annotations
