@@ -37,7 +37,7 @@ Random weights amplify rounding far more than trained ones do; the default model
 """
 
 SMOLLM2: Final = {
-    "float": Bound(mean=1e-3, max=1e-2),
+    "float": Bound(mean=5e-5, max=5e-4),
     "bf16": Bound(mean=0.01, max=0.25),
     "int8": Bound(mean=0.04, max=1.0),
 }

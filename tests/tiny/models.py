@@ -84,7 +84,7 @@ MODELS: Final = {
                   tied=True),
         TinyModel(name="qwen3", model_type="qwen3", hidden_size=88, head_dim=128, norm_eps=1e-3, theta=1000.0),
         TinyModel(name="qwen3_q8_0", model_type="qwen3", storage="q8_0", head_dim=64, tied=True),
-        TinyModel(name="qwen2_q4_0", model_type="qwen2", storage="q4_0", head_dim=24),
+        TinyModel(name="qwen2_q4_0", model_type="qwen2", storage="q4_0", head_dim=16),
         TinyModel(name="llama_factors", model_type="llama", storage="q4_1", rope_scaling=LLAMA3_SCALING),
         *(
             TinyModel(
