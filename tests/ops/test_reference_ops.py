@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def attend(spec: AttentionSpec, x: Array, *, chunks: tuple[int, ...]) -> Array:
         return ops.attention(q, k, v, spec, layer=0)
 
     starts = np.cumsum([0, *chunks]).tolist()
-    return run(forward, [Piece(1, list(range(a, b)), a) for a, b in zip(starts[:-1], starts[1:], strict=True)])
+    return run(forward, [Piece(1, list(range(a, b)), a) for a, b in pairwise(starts)])
 
 
 def attend_by_loops(spec: AttentionSpec, x: Array, sinks: Array | None = None) -> Array:
@@ -94,13 +95,8 @@ def test_attention_sinks_take_weight_and_give_no_value() -> None:
 
 
 def test_layer_norm_with_bias_and_embeddings_of_position_and_type() -> None:
-    table, positions, types, weight, bias = (
-        random(9, 10),
-        random(8, 10, seed=2),
-        random(2, 10, seed=3),
-        random(10),
-        random(10, seed=4),
-    )
+    table, positions, types = random(9, 10), random(8, 10, seed=2), random(2, 10, seed=3)
+    weight, bias = random(10), random(10, seed=4)
 
     def forward(ops: Ops) -> Value:
         x = ops.embed(tensors[0], scale=3.0, positions=tensors[1], types=tensors[2])
@@ -198,7 +194,8 @@ def test_mixture_of_experts(style: str) -> None:
         bias = tensor([0.3, -0.2, 0.1, 0.4])
         extra = {"scoring": "sigmoid", "choice_bias": bias, "num_groups": 2, "top_k_groups": 1, "scaling": 2.5}
     spec = RouterSpec(weight=tensor(router), num_experts=4, top_k=2, **extra)
-    common = ExpertsSpec(*(tensor(values) for values in shared)) if style == "deepseek" else None
+    always = [tensor(values) for values in shared]
+    common = ExpertsSpec(always[0], always[1], always[2]) if style == "deepseek" else None
     experts = ExpertsSpec(tensor(gate), tensor(up), tensor(down), shared=common)
     stored = tensor(table)
 
@@ -208,9 +205,9 @@ def test_mixture_of_experts(style: str) -> None:
 
     expected = [row + mix(row, router, gate, up, down, style=style) for row in table]
     if common is not None:
-        always = [values[0] for values in shared]
-        inner = [(always[0] @ row) / (1 + np.exp(-(always[0] @ row))) * (always[1] @ row) for row in table]
-        expected = [row + always[2] @ h for row, h in zip(expected, inner, strict=True)]
+        gate, up, down = (values[0] for values in shared)
+        inner = [(gate @ row) / (1 + np.exp(-(gate @ row))) * (up @ row) for row in table]
+        expected = [row + down @ h for row, h in zip(expected, inner, strict=True)]
     np.testing.assert_allclose(run(forward, [Piece(0, list(range(7)), 0)]), np.stack(expected), atol=2e-5)
 
 
