@@ -1,6 +1,7 @@
 """`llmserve`: from the command line to the module of one command.
 
-Each command is a module of this package with a function `command`, which returns its exit code. Invariants: only the
+Each command is a module of this package with a function `command`, which returns its exit code, and its text for
+`--help`, `HELP`. Invariants: only the
 module that was asked for is imported, so `serve` waits for nobody else's imports; what a person got wrong is one line
 on stderr and exit code 2, a fault is one line and 1, Ctrl-C is 130; a traceback is a bug of ours.
 """
@@ -69,7 +70,8 @@ def _application(names: Sequence[str]) -> typer.Typer:
     )
     app.callback()(_global_options)
     for name in names:
-        app.command(name)(import_module(f"llmserve.cli.{name}").command)
+        module = import_module(f"llmserve.cli.{name}")
+        app.command(name, help=module.HELP)(module.command)
     return app
 
 

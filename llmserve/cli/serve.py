@@ -26,6 +26,18 @@ from llmserve.errors import InvalidRequest
 if TYPE_CHECKING:
     from llmserve.types import EngineInfo
 
+HELP: Final = """Serve MODEL over OpenAI-compatible HTTP until SIGTERM or Ctrl-C.
+
+The first signal lets running requests finish (`--drain-timeout`), a second one ends them now.
+
+Examples:
+
+    llmserve serve smollm2
+
+    llmserve serve ./model.gguf --host 0.0.0.0 --port 8080 --kv-cache-memory 2GiB
+
+    llmserve serve smollm2 --max-model-len 2048 --max-num-seqs 32 --served-model-name tiny
+"""
 _SERVER: Final = "Server"
 _ADDRESS_ERRORS: Final = {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES}
 _MAX_TEMPLATE_BYTES: Final = 1 << 20
@@ -38,27 +50,37 @@ class GenerationConfig(StrEnum):
     NONE = "none"
 
 
+Host = Annotated[str, typer.Option(rich_help_panel=_SERVER, help="Address to listen on.")]
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, rich_help_panel=_SERVER, help="Port to listen on; 0 picks a free one.")
+]
+ServedModelName = Annotated[
+    str, typer.Option(rich_help_panel=_SERVER, help="What clients call the model; empty: taken from MODEL.")
+]
+ChatTemplateFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", show_default=False, rich_help_panel=_SERVER, help="Use this Jinja chat template."),
+]
+Defaults = Annotated[
+    GenerationConfig,
+    typer.Option(rich_help_panel=_SERVER, help="Take sampling defaults from the model's files, or from none."),
+]
+DrainTimeout = Annotated[
+    float,
+    typer.Option(min=0, metavar="SECONDS", rich_help_panel=_SERVER, help="Time for running requests at the end."),
+]
+LogLevel = Annotated[options.LogLevel, typer.Option(rich_help_panel=_SERVER, help="How much is logged, on stderr.")]
+
+
 def command(
     model: options.Model,
-    host: Annotated[str, typer.Option(rich_help_panel=_SERVER, help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, rich_help_panel=_SERVER, help="Port to listen on; 0 picks a free one.")
-    ] = 8000,
-    served_model_name: Annotated[
-        str, typer.Option(rich_help_panel=_SERVER, help="What clients call the model; empty: taken from MODEL.")
-    ] = "",
-    chat_template: Annotated[
-        Path | None, typer.Option(metavar="FILE", rich_help_panel=_SERVER, help="Use this Jinja chat template.")
-    ] = None,
-    generation_config: Annotated[
-        GenerationConfig,
-        typer.Option(rich_help_panel=_SERVER, help="Take sampling defaults from the model's files, or from none."),
-    ] = GenerationConfig.MODEL,
-    drain_timeout: Annotated[
-        float,
-        typer.Option(min=0, metavar="SECONDS", rich_help_panel=_SERVER, help="Time for running requests at the end."),
-    ] = 30.0,
-    log_level: Annotated[options.LogLevel, typer.Option(rich_help_panel=_SERVER)] = options.LogLevel.INFO,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    served_model_name: ServedModelName = "",
+    chat_template: ChatTemplateFile = None,
+    generation_config: Defaults = GenerationConfig.MODEL,
+    drain_timeout: DrainTimeout = 30.0,
+    log_level: LogLevel = options.LogLevel.INFO,
     max_model_len: options.MaxModelLen = 0,
     max_num_seqs: options.MaxNumSeqs = 128,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
@@ -66,18 +88,7 @@ def command(
     threads: options.Threads = 0,
     exact: options.Exact = False,
 ) -> int:
-    """Serve MODEL over OpenAI-compatible HTTP until SIGTERM or Ctrl-C.
-
-    The first signal lets running requests finish (`--drain-timeout`), a second one ends them now.
-
-    Examples:
-
-        llmserve serve smollm2
-
-        llmserve serve ./model.gguf --host 0.0.0.0 --port 8080 --kv-cache-memory 2GiB
-
-        llmserve serve smollm2 --max-model-len 2048 --max-num-seqs 32 --served-model-name tiny
-    """
+    """Run the command; see `HELP`."""
     started_s = time.monotonic()
     options.configure_logging(log_level)
     template = _read_template(chat_template) if chat_template is not None else ""
