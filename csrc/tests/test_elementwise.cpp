@@ -1,0 +1,361 @@
+// Row kernels against double, and every table against the scalar one bit by bit.
+#include <vector>
+
+#include "tests/buffers.h"
+#include "tests/numbers.h"
+#include "tests/tables.h"
+
+namespace llmserve::test {
+
+namespace {
+
+Exact<float> random_floats(Random& random, int64_t n, float scale = 1.0f) {
+  Exact<float> values(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) values[static_cast<size_t>(i)] = random.normal() * scale;
+  return values;
+}
+
+int64_t some_length(Random& random) { return random.chance(0.5) ? random.integer(1, 70) : random.integer(1, 700); }
+
+void check_close(const Guarded<float>& got, const std::vector<double>& expected, double relative, double absolute,
+                 const std::string& what) {
+  got.check_zones(what);
+  for (size_t i = 0; i < expected.size(); ++i)
+    CHECK(std::fabs(static_cast<double>(got[i]) - expected[i]) <= relative * std::fabs(expected[i]) + absolute, what,
+          " at ", i, " of ", expected.size(), ": ", got[i], " for ", expected[i]);
+}
+
+// The tables must agree bit by bit, so only the first one is compared with double.
+void check_same(const std::vector<float>& first, const Guarded<float>& got, const std::string& what) {
+  for (size_t i = 0; i < first.size(); ++i)
+    CHECK(std::memcmp(&first[i], &got[i], sizeof(float)) == 0, what, " at ", i, ": ", got[i], ", the scalar table ",
+          first[i]);
+}
+
+std::vector<float> copy_of(Guarded<float>& values) { return {values.data(), values.data() + values.size()}; }
+
+double activation_value(Activation kind, double x) {
+  switch (kind) {
+    case Activation::kSilu: return x / (1.0 + std::exp(-x));
+    case Activation::kGelu: return 0.5 * x * (1.0 + std::erf(x / std::sqrt(2.0)));
+    case Activation::kGeluTanh: return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
+    case Activation::kRelu2: return x > 0 ? x * x : 0.0;
+  }
+  return 0.0;
+}
+
+constexpr Activation kActivations[] = {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu2};
+
+}  // namespace
+
+TEST(elementwise_rms_norm) {
+  for (int round = 0; round < 20; ++round) {
+    const int64_t n = some_length(random);
+    const Exact<float> x = random_floats(random, n, random.pick({1.0f, 1e-3f, 1e4f})),
+                       weight = random_floats(random, n);
+    const float eps = random.pick({1e-5f, 1e-6f, 0.3f});
+    double squares = 0.0;
+    for (int64_t i = 0; i < n; ++i)
+      squares += static_cast<double>(x[static_cast<size_t>(i)]) * x[static_cast<size_t>(i)];
+    const double factor = 1.0 / std::sqrt(squares / static_cast<double>(n) + static_cast<double>(eps));
+    std::vector<double> expected(static_cast<size_t>(n));
+    for (size_t i = 0; i < expected.size(); ++i) expected[i] = x[i] * factor * weight[i];
+    std::vector<float> first;
+    for (const auto& [name, kernels] : tables()) {
+      Guarded<float> out(static_cast<size_t>(n));
+      kernels.rms_norm(x.data(), weight.data(), out.data(), n, eps);
+      check_close(out, expected, kEpsilon * (static_cast<double>(n) / 32 + 16), 0.0, name);
+      if (first.empty()) first = copy_of(out);
+      check_same(first, out, name);
+    }
+  }
+}
+
+TEST(elementwise_norms_of_zeros_are_zero) {
+  for (const auto& [name, kernels] : tables()) {
+    const Exact<float> x(48);
+    const Exact<float> weight = random_floats(random, 48);
+    Guarded<float> out(48);
+    kernels.rms_norm(x.data(), weight.data(), out.data(), 48, 1e-5f);
+    for (size_t i = 0; i < 48; ++i) CHECK(out[i] == 0.0f, name);
+    kernels.layer_norm(x.data(), weight.data(), nullptr, out.data(), 48, 1e-5f);
+    for (size_t i = 0; i < 48; ++i) CHECK(out[i] == 0.0f, name);
+  }
+}
+
+TEST(elementwise_layer_norm) {
+  for (int round = 0; round < 20; ++round) {
+    const int64_t n = some_length(random) + 1;
+    const Exact<float> x = random_floats(random, n), weight = random_floats(random, n), bias = random_floats(random, n);
+    const bool biased = random.chance(0.5);
+    double mean = 0.0, variance = 0.0;
+    for (size_t i = 0; i < x.size(); ++i) mean += x[i] / static_cast<double>(n);
+    for (size_t i = 0; i < x.size(); ++i) variance += (x[i] - mean) * (x[i] - mean) / static_cast<double>(n);
+    const double factor = 1.0 / std::sqrt(variance + 1e-5f);
+    std::vector<double> expected(x.size());
+    for (size_t i = 0; i < x.size(); ++i) expected[i] = (x[i] - mean) * factor * weight[i] + (biased ? bias[i] : 0.0f);
+    std::vector<float> first;
+    for (const auto& [name, kernels] : tables()) {
+      Guarded<float> out(x.size());
+      kernels.layer_norm(x.data(), weight.data(), biased ? bias.data() : nullptr, out.data(), n, 1e-5f);
+      check_close(out, expected, 1e-5, 1e-5 * factor, name);
+      if (first.empty()) first = copy_of(out);
+      check_same(first, out, name);
+    }
+  }
+}
+
+TEST(elementwise_quantize_q8) {
+  for (int round = 0; round < 30; ++round) {
+    const int64_t n = 32 * random.integer(1, 12);
+    Exact<float> x = random_floats(random, n, random.pick({1.0f, 1e-20f, 1e25f}));
+    if (random.chance(0.5)) std::memset(x.data(), 0, 32 * sizeof(float));
+    Exact<int8_t> first_codes(static_cast<size_t>(n));
+    for (const auto& [name, kernels] : tables()) {
+      Guarded<int8_t> codes(static_cast<size_t>(n));
+      Guarded<GroupMeta> meta(static_cast<size_t>(n / 32));
+      kernels.quantize_q8(x.data(), codes.data(), meta.data(), n);
+      codes.check_zones(name);
+      meta.check_zones(name);
+      for (size_t g = 0; g < meta.size(); ++g) {
+        float largest = 0.0f;
+        for (size_t i = g * 32; i < g * 32 + 32; ++i) largest = std::max(largest, std::fabs(x[i]));
+        CHECK(std::fabs(static_cast<double>(meta[g].scale) - largest / 127.0) <= kEpsilon * largest / 64.0, name);
+        int sum = 0;
+        for (size_t i = g * 32; i < g * 32 + 32; ++i) {
+          const double error = static_cast<double>(meta[g].scale) * codes[i] - static_cast<double>(x[i]);
+          CHECK(std::fabs(error) <= 0.5001 * meta[g].scale, name, " at ", i);
+          CHECK(codes[i] >= -127, name);
+          sum += codes[i];
+        }
+        CHECK(meta[g].sum == sum, name);
+        CHECK(meta[g].scaled_sum == meta[g].scale * static_cast<float>(sum), name);
+      }
+      if (name == "scalar") std::memcpy(first_codes.data(), codes.data(), static_cast<size_t>(n));
+      CHECK(std::memcmp(first_codes.data(), codes.data(), static_cast<size_t>(n)) == 0, name);
+    }
+  }
+}
+
+// Halves go to the even neighbour: with a largest value of 127 the scale is 1.
+TEST(elementwise_quantize_q8_rounds_half_to_even) {
+  Exact<float> x(32);
+  const float halves[] = {127.0f, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f, 125.5f, 126.5f};
+  const int expected[] = {127, 0, 2, 2, 0, -2, -2, 126, 126};
+  std::memcpy(x.data(), halves, sizeof(halves));
+  for (const auto& [name, kernels] : tables()) {
+    Guarded<int8_t> codes(32);
+    Guarded<GroupMeta> meta(1);
+    kernels.quantize_q8(x.data(), codes.data(), meta.data(), 32);
+    for (size_t i = 0; i < 9; ++i) CHECK(codes[i] == expected[i], name, " ", halves[i]);
+  }
+}
+
+TEST(elementwise_quantize_q8_of_what_is_not_a_number_or_infinite_is_defined) {
+  for (const auto& [name, kernels] : tables())
+    for (const float odd : {INFINITY, -INFINITY, std::nanf(""), 3.4e38f, 1e-42f}) {
+      Exact<float> x = random_floats(random, 64);
+      for (const size_t i : {3, 4, 20, 31}) x[i] = odd;
+      Guarded<int8_t> codes(64);
+      Guarded<GroupMeta> meta(2);
+      kernels.quantize_q8(x.data(), codes.data(), meta.data(), 64);
+      int sum = 0;
+      for (size_t i = 0; i < 32; ++i) sum += codes[i];
+      CHECK(meta[0].sum == sum, name, " ", odd, ": the sum is not that of the codes");
+      for (size_t i = 32; i < 64; ++i)
+        CHECK(std::fabs(meta[1].scale * codes[i] - x[i]) <= 0.501f * meta[1].scale, name);
+    }
+}
+
+TEST(elementwise_round_bf16) {
+  for (int round = 0; round < 20; ++round) {
+    const int64_t n = some_length(random);
+    Exact<float> x = random_floats(random, n, random.pick({1.0f, 1e-38f, 1e38f}));
+    x[0] = random.pick({0.0f, -0.0f, INFINITY, -INFINITY, 1.00390625f, 3.3961776e38f});
+    for (const auto& [name, kernels] : tables()) {
+      Guarded<uint16_t> out(static_cast<size_t>(n));
+      Guarded<GroupMeta> meta(static_cast<size_t>(n / 32));
+      kernels.round_bf16(x.data(), out.data(), n % 32 == 0 ? meta.data() : nullptr, n);
+      out.check_zones(name);
+      meta.check_zones(name);
+      for (size_t i = 0; i < x.size(); ++i) CHECK(out[i] == nearest_bf16(x[i]), name, " ", x[i]);
+    }
+  }
+}
+
+TEST(elementwise_round_bf16_sums_groups_and_keeps_nan) {
+  for (const auto& [name, kernels] : tables()) {
+    Exact<float> x = random_floats(random, 96);
+    Guarded<uint16_t> out(96);
+    Guarded<GroupMeta> meta(3);
+    kernels.round_bf16(x.data(), out.data(), meta.data(), 96);
+    for (size_t g = 0; g < 3; ++g) {
+      double sum = 0.0;
+      for (size_t i = 0; i < 32; ++i) sum += static_cast<double>(bf16_value(out[g * 32 + i]));
+      CHECK(std::fabs(static_cast<double>(meta[g].scaled_sum) - sum) < 1e-5, name);
+    }
+    const uint32_t quiet[] = {0x7F800001u, 0xFFC00000u, 0x7FFFFFFFu};
+    std::memcpy(x.data(), quiet, sizeof(quiet));
+    kernels.round_bf16(x.data(), out.data(), nullptr, 3);
+    for (size_t i = 0; i < 3; ++i) CHECK(std::isnan(bf16_value(out[i])), name, " NaN ", i);
+  }
+}
+
+TEST(elementwise_activations) {
+  for (const Activation kind : kActivations) {
+    const int64_t n = some_length(random);
+    Exact<float> x = random_floats(random, n, 4.0f), other = random_floats(random, n);
+    for (size_t i = 0; i < x.size(); i += 17) x[i] = random.uniform(-120.0f, 120.0f);
+    std::vector<double> expected(x.size()), product(x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      expected[i] = activation_value(kind, x[i]);
+      product[i] = expected[i] * other[i];
+    }
+    std::vector<float> first, first_gated;
+    for (const auto& [name, kernels] : tables()) {
+      // The tails of gelu are differences of nearly equal numbers: absolute there.
+      Guarded<float> out(x.size()), gated(x.size());
+      kernels.activate(kind, x.data(), out.data(), n);
+      check_close(out, expected, 4e-6, 2e-6, join(name, " activation ", static_cast<int>(kind)));
+      kernels.gated(kind, x.data(), other.data(), gated.data(), n);
+      check_close(gated, product, 4e-6, 1e-5, join(name, " gated ", static_cast<int>(kind)));
+      if (first.empty()) first = copy_of(out), first_gated = copy_of(gated);
+      check_same(first, out, name);
+      check_same(first_gated, gated, name);
+    }
+  }
+}
+
+TEST(elementwise_activations_of_extremes_are_finite_where_the_function_is) {
+  const Exact<float> x = [] {
+    Exact<float> values(6);
+    const float extremes[] = {-1e4f, -88.8f, -1e-40f, 1e-40f, 88.8f, 1e4f};
+    std::memcpy(values.data(), extremes, sizeof(extremes));
+    return values;
+  }();
+  for (const auto& [name, kernels] : tables())
+    for (const Activation kind : kActivations) {
+      Guarded<float> out(6);
+      kernels.activate(kind, x.data(), out.data(), 6);
+      for (size_t i = 0; i < 6; ++i) {
+        const double expected = activation_value(kind, x[i]);
+        CHECK(std::fabs(out[i] - expected) <= 1e-5 * std::fabs(expected) + 1e-30, name, " of ", x[i], ": ", out[i]);
+      }
+    }
+}
+
+TEST(elementwise_add_scale_in_place) {
+  const int64_t n = some_length(random);
+  const Exact<float> x = random_floats(random, n), y = random_floats(random, n);
+  for (const auto& [name, kernels] : tables()) {
+    Guarded<float> out(x.size());
+    kernels.add(x.data(), y.data(), out.data(), n);
+    out.check_zones(name);
+    for (size_t i = 0; i < x.size(); ++i) CHECK(out[i] == x[i] + y[i], name);
+    std::memcpy(out.data(), x.data(), x.num_bytes());
+    kernels.add(out.data(), y.data(), out.data(), n);
+    kernels.scale(out.data(), 0.37f, out.data(), n);
+    out.check_zones(name);
+    for (size_t i = 0; i < x.size(); ++i) CHECK(out[i] == (x[i] + y[i]) * 0.37f, name);
+  }
+}
+
+// As the GEMM node calls it: the gate's tile and the other side by side, the result over the gate.
+TEST(elementwise_gated_over_its_gate) {
+  for (const Activation kind : kActivations)
+    for (const auto& [name, kernels] : tables()) {
+      Exact<float> both = random_floats(random, 128);
+      const Exact<float> gate = [&] {
+        Exact<float> copy(64);
+        std::memcpy(copy.data(), both.data(), copy.num_bytes());
+        return copy;
+      }();
+      Guarded<float> expected(64);
+      kernels.gated(kind, gate.data(), both.data() + 64, expected.data(), 64);
+      kernels.gated(kind, both.data(), both.data() + 64, both.data(), 64);
+      CHECK(std::memcmp(expected.data(), both.data(), 64 * sizeof(float)) == 0, name);
+    }
+}
+
+TEST(elementwise_head_adds_bias_normalizes_then_rotates) {
+  for (int round = 0; round < 40; ++round) {
+    const int head_dim = 16 * static_cast<int>(random.integer(1, 16));
+    const int rotary_dim = random.chance(0.5) ? head_dim : 2 * static_cast<int>(random.integer(1, head_dim / 2));
+    const bool interleaved = random.chance(0.5), biased = random.chance(0.5), normed = random.chance(0.5);
+    const Exact<float> x = random_floats(random, head_dim), bias = random_floats(random, head_dim),
+                       norm = random_floats(random, head_dim);
+    Exact<float> cosine(static_cast<size_t>(rotary_dim / 2)), sine(static_cast<size_t>(rotary_dim / 2));
+    std::vector<double> y(x.size());
+    for (size_t i = 0; i < y.size(); ++i) y[i] = x[i] + (biased ? static_cast<double>(bias[i]) : 0.0);
+    double squares = 1e-5f;
+    for (const double value : y) squares += value * value / head_dim;
+    for (size_t i = 0; i < y.size() && normed; ++i) y[i] *= norm[i] / std::sqrt(squares);
+    const size_t half = cosine.size();
+    for (size_t i = 0; i < half; ++i) {
+      const double angle = random.uniform(-3.0f, 3.0f);
+      cosine[i] = static_cast<float>(std::cos(angle));
+      sine[i] = static_cast<float>(std::sin(angle));
+      const size_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : i + half;
+      const double p = y[a], q = y[b];
+      y[a] = p * cosine[i] - q * sine[i];
+      y[b] = q * cosine[i] + p * sine[i];
+    }
+    for (const auto& [name, kernels] : tables()) {
+      Guarded<float> out(x.size());
+      std::memcpy(out.data(), x.data(), x.num_bytes());
+      kernels.head({out.data(), biased ? bias.data() : nullptr, normed ? norm.data() : nullptr, cosine.data(),
+                    sine.data(), head_dim, rotary_dim, interleaved, 1e-5f});
+      check_close(out, y, 2e-6, 1e-5, join(name, " D=", head_dim, " rotary ", rotary_dim));
+    }
+  }
+}
+
+TEST(elementwise_maximum_and_exp_weights) {
+  for (int round = 0; round < 20; ++round) {
+    const int64_t n = random.integer(1, 1100);
+    Exact<float> x = random_floats(random, n, 8.0f);
+    if (random.chance(0.3)) x[0] = -INFINITY;
+    const float temperature = random.uniform(0.05f, 3.0f);
+    float largest = -INFINITY;
+    for (size_t i = 0; i < x.size(); ++i) largest = std::max(largest, x[i]);
+    if (!std::isfinite(largest)) continue;
+    std::vector<float> first;
+    for (const auto& [name, kernels] : tables()) {
+      CHECK(kernels.maximum(x.data(), n) == largest, name);
+      Guarded<float> weights(x.size());
+      Guarded<double> sums(static_cast<size_t>((n + 255) / 256));
+      kernels.exp_weights(x.data(), largest, 1.0f / temperature, weights.data(), sums.data(), n);
+      weights.check_zones(name);
+      sums.check_zones(name);
+      std::vector<double> added(sums.size());
+      for (size_t i = 0; i < x.size(); ++i) {
+        const double z = (static_cast<double>(x[i]) - largest) / temperature;
+        const double relative = 4e-7 + 3e-7 * std::min(std::fabs(z), 100.0);
+        CHECK(std::fabs(weights[i] - std::exp(z)) <= std::exp(z) * relative + 2e-38, name, " z ", z);
+        CHECK(x[i] < largest || weights[i] == 1.0f, name, ": the most likely token must weigh 1");
+        added[i / 256] += static_cast<double>(weights[i]);
+      }
+      for (size_t i = 0; i < sums.size(); ++i) CHECK(std::fabs(sums[i] - added[i]) <= 1e-12 * added[i], name);
+      if (first.empty()) first = copy_of(weights);
+      check_same(first, weights, name);
+    }
+  }
+}
+
+TEST(elementwise_infinities_do_not_crash) {
+  for (const auto& [name, kernels] : tables()) {
+    Exact<float> x = random_floats(random, 64);
+    x[1] = INFINITY, x[2] = -INFINITY, x[3] = std::nanf("");
+    const Exact<float> weight = random_floats(random, 64);
+    Guarded<float> out(64);
+    Guarded<double> sums(1);
+    kernels.rms_norm(x.data(), weight.data(), out.data(), 64, 1e-5f);
+    kernels.layer_norm(x.data(), weight.data(), nullptr, out.data(), 64, 1e-5f);
+    for (const Activation kind : kActivations) kernels.activate(kind, x.data(), out.data(), 64);
+    kernels.exp_weights(x.data(), 3.0f, 1.0f, out.data(), sums.data(), 64);
+    CHECK(kernels.maximum(x.data(), 64) == INFINITY, name);
+    out.check_zones(name);
+  }
+}
+
+}  // namespace llmserve::test
