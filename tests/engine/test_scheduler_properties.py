@@ -21,7 +21,7 @@ MAX_MODEL_LEN = 40
 
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(1, 24),
+        num_blocks=st.integers(2, 24),
         block_size=st.sampled_from([1, 4, 16]),
         max_num_seqs=st.integers(1, 6),
         extra_tokens=st.integers(0, 20),
@@ -41,7 +41,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.failed = False
 
     @rule(
-        prompt=st.lists(st.integers(-1, VOCAB_SIZE - 1), max_size=MAX_MODEL_LEN + 1),
+        length=st.integers(0, MAX_MODEL_LEN + 1),
+        token_id=st.integers(0, VOCAB_SIZE),
         sampling=st.builds(
             SamplingParams,
             max_tokens=st.integers(0, 30),
@@ -51,7 +52,8 @@ class EngineMachine(RuleBasedStateMachine):
             stop_token_ids=st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=5).map(tuple),
         ),
     )
-    def submit(self, prompt: list[int], sampling: SamplingParams) -> None:
+    def submit(self, length: int, token_id: int, sampling: SamplingParams) -> None:
+        prompt = list(range(token_id - length, token_id)) if length <= token_id else [token_id] * length
         request_id = str(len(self.accepted))
         self.accepted[request_id] = prompt, sampling
         request = make_request(request_id, prompt)
@@ -109,6 +111,8 @@ def check_outputs(outputs: list[Output], prompt: list[int], sampling: SamplingPa
     if tokens:
         assert tokens == expected_tokens(prompt, len(tokens), sampling.seed)
     assert len(tokens) <= sampling.max_tokens
+    if reasons[-1] == "error":  # what the fake executor asserts would also come out here
+        assert any(cause in (outputs[-1].error or "") for cause in ("made to fail", "the prompt"))
     if reasons[-1] == "stop":
         assert tokens[-1] in sampling.stop_token_ids
     assert not set(tokens[:-1]) & set(sampling.stop_token_ids)
