@@ -123,11 +123,18 @@ class LLM:
         if len(sampling) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts but {len(sampling)} sampling parameters", param="sampling")
         pairs = list(zip(prompts, sampling, strict=True))
+        for prompt, params in pairs:
+            self._check_length(prompt, params)
 
         async def gather() -> list[Completion]:
             return await asyncio.gather(*[self._complete(prompt, params, stop) for prompt, params in pairs])
 
         return self._wait(gather())
+
+    def _check_length(self, prompt: list[int], sampling: SamplingParams) -> None:
+        limit = self.info.max_model_len
+        if len(prompt) + min(1, sampling.max_tokens) > limit:
+            raise InvalidRequest(f"a prompt has {len(prompt)} tokens; prompt and answer have {limit} tokens at most")
 
     async def _complete(self, prompt: list[int], sampling: SamplingParams, stop: Sequence[str]) -> Completion:
         stop_ids = tuple({*sampling.stop_token_ids, *self.tokenizer.eog_ids})
