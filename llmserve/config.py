@@ -67,7 +67,7 @@ class ExecutorConfig:
     num_threads: int = 0
     """0: one per core available to the process."""
     exact: bool = False
-    """Activations in BF16 instead of int8 for quantized weights."""
+    """Activations and float weights in float32: slower, closer to the checkpoint."""
     isa: str = ""
     """Highest instruction set to use: scalar, avx2 or avx512; empty: the best there is. It only ever lowers the choice."""
 

@@ -90,37 +90,51 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
   }
 }
 
-static void quantize_q8(const float* x, int8_t* codes, GroupMeta* meta, int64_t n) {
-  for (int64_t g = 0; g < n / kGroup; ++g, x += kGroup, codes += kGroup) {
-    float lanes[kLanes] = {};
-    for (int i = 0; i < kGroup; ++i) {
-      const float magnitude = __builtin_fabsf(x[i]);
-      lanes[i % kLanes] = magnitude > lanes[i % kLanes] ? magnitude : lanes[i % kLanes];
-    }
-    float largest = 0.0f;
-    for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
-    // An infinite or vanishing group quantizes to zero codes rather than to undefined ones.
-    const bool usable = largest > 1e-30f && largest < 1e38f;
-    const float inverse = usable ? 127.0f / largest : 0.0f;
-    const float scale = usable ? largest / 127.0f : 0.0f;
-    int32_t sum = 0;
-    for (int i = 0; i < kGroup; ++i) {
-      const int32_t code = static_cast<int32_t>(round_even(usable ? x[i] * inverse : 0.0f));
-      codes[i] = static_cast<int8_t>(code);
-      sum += code;
-    }
-    meta[g] = {scale, sum, scale * static_cast<float>(sum), 0.0f};
-  }
+static inline float largest_lane(const float* lanes) {
+  float largest = 0.0f;
+  for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+  return largest;
 }
 
-static void round_bf16(const float* x, uint16_t* out, GroupMeta* meta, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(x[i]);
-  if (meta == nullptr) return;
-  for (int64_t g = 0; g < n / kGroup; ++g) {
-    float lanes[kLanes] = {};
-    for (int i = 0; i < kGroup; ++i) lanes[i % kLanes] += from_bf16(out[g * kGroup + i]);
-    meta[g] = {1.0f, 0, reduce_lanes(lanes), 0.0f};
+static inline float largest_magnitude(const float* magnitudes) {
+  float lanes[kLanes] = {};
+  for (int i = 0; i < kGroup; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) lanes[j] = magnitudes[i + j] > lanes[j] ? magnitudes[i + j] : lanes[j];
+  return largest_lane(lanes);
+}
+
+static void quantize_group(const float* x, int8_t* codes, GroupMeta* meta) {
+  float magnitudes[kGroup];
+  for (int i = 0; i < kGroup; ++i) magnitudes[i] = __builtin_fabsf(x[i]);
+  const float first = largest_magnitude(magnitudes);
+  int at = 0;
+  for (int i = kGroup - 1; i >= 0; --i) at = magnitudes[i] == first ? i : at;
+  magnitudes[at] = 0.0f;
+  const float second = largest_magnitude(magnitudes);
+  // An infinite or vanishing group quantizes to zero codes rather than to undefined ones.
+  const bool finite = first < 1e38f;
+  const bool apart = finite && first > kOutlierRatio * second;
+  const float largest = apart ? second : first;
+  const bool usable = finite && largest > 1e-30f;
+  const float inverse = usable ? 127.0f / largest : 0.0f;
+  const float scale = usable ? largest / 127.0f : 0.0f;
+  int32_t sum = 0;
+  for (int i = 0; i < kGroup; ++i) {
+    const bool kept = usable && !(apart && i == at);
+    const int32_t code = static_cast<int32_t>(round_even(kept ? x[i] * inverse : 0.0f));
+    codes[i] = static_cast<int8_t>(code);
+    sum += code;
   }
+  const float value = apart ? x[at] : 0.0f;
+  *meta = {scale, static_cast<int16_t>(sum), static_cast<int16_t>(at), scale * static_cast<float>(sum) + value, value};
+}
+
+static void quantize_q8(const float* x, int8_t* codes, GroupMeta* meta, int64_t n) {
+  for (int64_t g = 0; g < n / kGroup; ++g) quantize_group(x + g * kGroup, codes + g * kGroup, meta + g);
+}
+
+static void round_bf16(const float* x, uint16_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(x[i]);
 }
 
 static inline void rotate(const HeadRow& row) {

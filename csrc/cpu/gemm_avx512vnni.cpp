@@ -35,6 +35,28 @@ Rows rows_from(const TileArgs& args, int row) {
   return {args.x.q8 + row * stride, args.x.q8_meta + row * (stride / kGroup), stride, stride / kGroup};
 }
 
+// Adds what was kept out of the codes: out += weight * value for each outlier of the row, groups ascending.
+template <bool kNibbles, bool kMinimum>
+void add_outliers(const TileArgs& args, const GroupMeta* meta, float* out) {
+  constexpr size_t kCodes = kNibbles ? kNibbleBytes : kByteBytes;
+  constexpr size_t kStride = kCodes + kTableBytes * (kMinimum ? 2 : 1);
+  const __m512i mask = _mm512_set1_epi32(kNibbles ? 15 : 255);
+  const __m512 zero = _mm512_set1_ps(static_cast<float>(args.zero_point));
+  for (int64_t g = 0; g < args.x.columns / kGroup; ++g) {
+    if (meta[g].value == 0.0f) continue;
+    const uint8_t* group = args.weights + static_cast<size_t>(g) * kStride;
+    const int step = meta[g].outlier / 4, byte = meta[g].outlier % 4;
+    const uint8_t* line = group + (kNibbles ? step % 4 : step) * 256;
+    const __m128i shift = _mm_cvtsi32_si128(byte * 8 + (kNibbles && step >= 4 ? 4 : 0));
+    const __m512 value = _mm512_set1_ps(meta[g].value);
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512i codes = _mm512_and_si512(_mm512_srl_epi32(load(line + v * 64), shift), mask);
+      const __m512 weight = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero), load_f16(group + kCodes + v * 32));
+      _mm512_storeu_ps(out + v * 16, _mm512_fmadd_ps(weight, value, _mm512_loadu_ps(out + v * 16)));
+    }
+  }
+}
+
 template <int kRows, bool kMinimum>
 void q4_rows(const TileArgs& args, int row) {
   constexpr size_t kStride = kNibbleBytes + kTableBytes * (kMinimum ? 2 : 1);
@@ -82,8 +104,10 @@ void q4_rows(const TileArgs& args, int row) {
     }
   }
   float* out = args.out + row * args.out_stride;
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * args.out_stride + v * 16, acc[r][v]);
+    add_outliers<true, kMinimum>(args, rows.meta + r * rows.meta_stride, out + r * args.out_stride);
+  }
 }
 
 template <int kRows, bool kMinimum>
@@ -127,6 +151,8 @@ void u8_rows(const TileArgs& args, int row) {
       }
     }
   }
+  for (int r = 0; r < kRows; ++r)
+    add_outliers<false, kMinimum>(args, rows.meta + r * rows.meta_stride, out + r * args.out_stride);
 }
 
 template <bool kMinimum>

@@ -10,8 +10,6 @@ namespace llmserve {
 
 namespace {
 
-constexpr size_t align64(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 // One head of one token into its slot, K [D/2][16][2] or V [8][D][2].
 void write_key(uint16_t* block, int offset, const uint16_t* head, int head_dim) {
   for (int d = 0; d < head_dim; d += 2) std::memcpy(block + d * kKvBlock + offset * 2, head + d, 4);
@@ -31,54 +29,40 @@ int GemmNode::max_item_tiles() const {
 }
 
 bool GemmNode::unpacks(int64_t rows) const {
-  if (!is_quantized(matrix->type)) return false;
-  return exact || (matrix->type != PackedType::kQ8_0 && rows > kDirectRows);
+  const bool nibbles = matrix->type == PackedType::kQ4_0 || matrix->type == PackedType::kQ4_1;
+  return nibbles && (exact || rows > kDirectRows);
+}
+
+// Of one tile unpacked to bytes.
+size_t GemmNode::slab_bytes() const {
+  if (!is_quantized(matrix->type)) return 0;
+  return static_cast<size_t>(matrix->columns / kGroup) * unpacked_group_bytes(has_minimum(matrix->type));
 }
 
 size_t GemmNode::scratch_bytes() const {
-  const auto tiles = static_cast<size_t>(max_item_tiles());
-  const auto groups = static_cast<size_t>(matrix->columns / kGroup);
-  const size_t slab = !is_quantized(matrix->type) ? 0
-                      : exact                     ? groups * kTile * kGroup * 2
-                                                  : groups * unpacked_group_bytes(has_minimum(matrix->type));
-  return tiles * (align64(slab) + kSlabRows * kTile * sizeof(float)) + 64;
+  return static_cast<size_t>(max_item_tiles()) * (slab_bytes() + kSlabRows * kTile * sizeof(float)) + 64;
 }
 
 TileFunction GemmNode::kernel(const KernelTable& kernels, bool unpacked) const {
   switch (matrix->type) {
     case PackedType::kBF16: return kernels.gemm_bf16;
     case PackedType::kF32: return kernels.gemm_f32;
-    case PackedType::kQ8_0: return exact ? kernels.gemm_codes_bf16 : kernels.gemm_u8;
-    default: return exact ? kernels.gemm_codes_bf16 : unpacked ? kernels.gemm_u8 : kernels.gemm_q4;
+    default: break;
   }
-}
-
-void GemmNode::unpack(const GemmItem& item, const Worker& worker, uint8_t* slab) const {
-  const int64_t groups = matrix->columns / kGroup;
-  const size_t stride = exact ? align64(static_cast<size_t>(groups) * kTile * kGroup * 2)
-                              : static_cast<size_t>(groups) * unpacked_group_bytes(has_minimum(matrix->type));
-  for (int t = 0; t < item.num_tiles; ++t) {
-    const uint8_t* tile = matrix->tile(item.first_tile + t);
-    uint8_t* out = slab + static_cast<size_t>(t) * stride;
-    if (exact)
-      worker.kernels->unpack_codes_bf16(tile, reinterpret_cast<uint16_t*>(out), groups, matrix->type);
-    else
-      worker.kernels->unpack_q4(tile, out, groups, has_minimum(matrix->type));
-  }
+  if (exact) return kernels.gemm_u8_f32;
+  return unpacked || matrix->type == PackedType::kQ8_0 ? kernels.gemm_u8 : kernels.gemm_q4;
 }
 
 void GemmNode::run(const Step& step, int64_t index, const Worker& worker) const {
   const GemmItem& item = items[static_cast<size_t>(index)];
   const int64_t rows = num_rows(step, in.rows);
-  const bool unpacked = unpacks(rows);
   auto* tile_out = reinterpret_cast<float*>(worker.scratch);
   uint8_t* slab = worker.scratch + static_cast<size_t>(max_item_tiles()) * kSlabRows * kTile * sizeof(float);
-  if (unpacked) unpack(item, worker, slab);
-  const auto groups = static_cast<size_t>(matrix->columns / kGroup);
-  const size_t slab_stride = exact ? align64(groups * kTile * kGroup * 2)
-                                   : groups * unpacked_group_bytes(has_minimum(matrix->type));
+  const bool unpacked = unpacks(rows);
+  for (int t = 0; unpacked && t < item.num_tiles; ++t)
+    worker.kernels->unpack_q4(matrix->tile(item.first_tile + t), slab + static_cast<size_t>(t) * slab_bytes(),
+                              matrix->columns / kGroup, has_minimum(matrix->type));
   TileArgs args;
-  args.table_stride = is_quantized(matrix->type) ? static_cast<int64_t>(group_bytes(matrix->type)) : 0;
   args.zero_point = zero_point(matrix->type);
   args.minimum = has_minimum(matrix->type);
   args.out_stride = int64_t{item.num_tiles} * kTile;
@@ -87,9 +71,7 @@ void GemmNode::run(const Step& step, int64_t index, const Worker& worker) const 
     args.rows = static_cast<int>(std::min<int64_t>(kSlabRows, rows - row));
     args.x = in.at(row);
     for (int t = 0; t < item.num_tiles; ++t) {
-      const uint8_t* tile = matrix->tile(item.first_tile + t);
-      args.weights = unpacked ? slab + static_cast<size_t>(t) * slab_stride : tile;
-      args.tables = tile + codes_bytes(matrix->type);
+      args.weights = unpacked ? slab + static_cast<size_t>(t) * slab_bytes() : matrix->tile(item.first_tile + t);
       args.out = tile_out + t * kTile;
       gemm(args);
     }
@@ -140,7 +122,7 @@ void GemmNode::finish_head(const Step& step, const GemmItem& item, int64_t row, 
   worker.kernels->head(head);
   if (item.kind == ItemKind::kQuery) return write_forms(*worker.kernels, out, row, item.out_column, x, head_dim);
   uint16_t rounded[kMaxHeadDim];
-  worker.kernels->round_bf16(x, rounded, nullptr, head_dim);
+  worker.kernels->round_bf16(x, rounded, head_dim);
   const Slot slot = step.slots[static_cast<size_t>(row)];
   uint16_t* block = step.kv->at(layer, slot.block, item.head);
   if (item.kind == ItemKind::kKey)

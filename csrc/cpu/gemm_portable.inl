@@ -26,6 +26,23 @@ static void clear(float* acc) {
   for (int c = 0; c < kTile; ++c) acc[c] = 0.0f;
 }
 
+// Adds what was kept out of the codes: acc += weight * value for each outlier, groups ascending.
+static void add_outliers(const TileArgs& args, bool nibbles, const GroupMeta* meta, float* acc) {
+  const size_t codes_bytes_ = nibbles ? kNibbleBytes : kByteBytes;
+  const size_t stride = codes_bytes_ + kTableBytes * (args.minimum ? 2 : 1);
+  for (int64_t g = 0; g < args.x.columns / kGroup; ++g) {
+    if (meta[g].value == 0.0f) continue;
+    const int step = meta[g].outlier / 4;
+    const uint8_t* group = args.weights + static_cast<size_t>(g) * stride;
+    const uint8_t* codes = group + (nibbles ? step % 4 : step) * 256 + meta[g].outlier % 4;
+    const int shift = nibbles && step >= 4 ? 4 : 0, mask = nibbles ? 15 : 255;
+    for (int c = 0; c < kTile; ++c) {
+      const float code = static_cast<float>(((codes[4 * c] >> shift) & mask) - args.zero_point);
+      acc[c] = fused(code * from_f16(read_u16(group + codes_bytes_ + 2 * c)), meta[g].value, acc[c]);
+    }
+  }
+}
+
 static void gemm_q4(const TileArgs& args) {
   const int64_t stride = static_cast<int64_t>(kNibbleBytes + kTableBytes * (args.minimum ? 2 : 1));
   for (int row = 0; row < args.rows; ++row) {
@@ -36,11 +53,12 @@ static void gemm_q4(const TileArgs& args) {
     for (int64_t g = 0; g < args.x.columns / kGroup; ++g) {
       const uint8_t* group = args.weights + g * stride;
       int32_t sums[kTile];
-      for (int c = 0; c < kTile; ++c) sums[c] = -args.zero_point * meta[g].sum;
+      for (int c = 0; c < kTile; ++c) sums[c] = -args.zero_point * static_cast<int32_t>(meta[g].sum);
       for (int step = 0; step < 8; ++step)
         dot_step(group + (step % 4) * 256, step < 4 ? 0 : 4, 15, x + g * kGroup + step * 4, sums);
       add_group(sums, group + kNibbleBytes, args.minimum, meta[g], acc);
     }
+    add_outliers(args, true, meta, acc);
   }
 }
 
@@ -54,10 +72,11 @@ static void gemm_u8(const TileArgs& args) {
     for (int64_t g = 0; g < args.x.columns / kGroup; ++g) {
       const uint8_t* group = args.weights + g * stride;
       int32_t sums[kTile];
-      for (int c = 0; c < kTile; ++c) sums[c] = -args.zero_point * meta[g].sum;
+      for (int c = 0; c < kTile; ++c) sums[c] = -args.zero_point * static_cast<int32_t>(meta[g].sum);
       for (int step = 0; step < 8; ++step) dot_step(group + step * 256, 0, 255, x + g * kGroup + step * 4, sums);
       add_group(sums, group + kByteBytes, args.minimum, meta[g], acc);
     }
+    add_outliers(args, false, meta, acc);
   }
 }
 
@@ -79,21 +98,30 @@ static void gemm_bf16(const TileArgs& args) {
   }
 }
 
-static void gemm_codes_bf16(const TileArgs& args) {
+static inline float group_sum(const float* x) {
+  float lanes[kLanes];
+  for (int j = 0; j < kLanes; ++j) lanes[j] = x[j] + x[j + kLanes];
+  return reduce_lanes(lanes);
+}
+
+static void gemm_u8_f32(const TileArgs& args) {
+  const int64_t stride = static_cast<int64_t>(unpacked_group_bytes(args.minimum));
   for (int row = 0; row < args.rows; ++row) {
-    const uint16_t* x = args.x.bf16 + row * padded_columns(args.x.columns);
-    const GroupMeta* meta = meta_row(args.x.bf16_meta, args.x.columns, row);
+    const float* x = args.x.f32 + row * args.x.columns;
     float* acc = args.out + row * args.out_stride;
     clear(acc);
-    for (int64_t g = 0; g < args.x.columns / kGroup; ++g) {
-      const uint8_t* tables = args.tables + g * args.table_stride;
+    for (int64_t g = 0; g < args.x.columns / kGroup; ++g, x += kGroup) {
+      const uint8_t* group = args.weights + g * stride;
+      const uint8_t* tables = group + kByteBytes;
       float sums[kTile];
       clear(sums);
-      dot_pairs(reinterpret_cast<const uint16_t*>(args.weights) + g * kTile * kGroup, x + g * kGroup, kGroup / 2, sums);
+      for (int k = 0; k < kGroup; ++k)
+        for (int c = 0; c < kTile; ++c)
+          sums[c] = fused(static_cast<float>(group[(k / 4) * 256 + 4 * c + k % 4] - args.zero_point), x[k], sums[c]);
+      const float x_sum = args.minimum ? group_sum(x) : 0.0f;
       for (int c = 0; c < kTile; ++c) {
         acc[c] = fused(sums[c], from_f16(read_u16(tables + 2 * c)), acc[c]);
-        if (args.minimum)
-          acc[c] = fused(from_f16(read_u16(tables + kTableBytes + 2 * c)), meta[g].scaled_sum, acc[c]);
+        if (args.minimum) acc[c] = fused(from_f16(read_u16(tables + kTableBytes + 2 * c)), x_sum, acc[c]);
       }
     }
   }
@@ -121,29 +149,11 @@ static void unpack_q4(const uint8_t* tile, uint8_t* out, int64_t groups, bool mi
   }
 }
 
-// Codes minus zero point are at most 8 bits wide, so bf16 holds them exactly.
-static void unpack_codes_bf16(const uint8_t* tile, uint16_t* out, int64_t groups, PackedType type) {
-  const int zero = zero_point(type);
-  for (int64_t g = 0; g < groups; ++g, tile += group_bytes(type), out += kTile * kGroup) {
-    for (int k = 0; k < kGroup; ++k) {
-      const int step = k / 4, byte = k % 4;
-      const bool nibbles = type != PackedType::kQ8_0;
-      const uint8_t* codes = tile + (nibbles ? step % 4 : step) * 256 + byte;
-      for (int c = 0; c < kTile; ++c) {
-        const int raw = codes[4 * c];
-        const int code = !nibbles ? raw : step < 4 ? raw & 15 : raw >> 4;
-        out[(k / 2) * 2 * kTile + 2 * c + k % 2] = to_bf16(static_cast<float>(code - zero));
-      }
-    }
-  }
-}
-
 static void fill_gemm(KernelTable& table) {
   table.gemm_q4 = gemm_q4;
   table.gemm_u8 = gemm_u8;
   table.gemm_bf16 = gemm_bf16;
   table.gemm_f32 = gemm_f32;
-  table.gemm_codes_bf16 = gemm_codes_bf16;
+  table.gemm_u8_f32 = gemm_u8_f32;
   table.unpack_q4 = unpack_q4;
-  table.unpack_codes_bf16 = unpack_codes_bf16;
 }

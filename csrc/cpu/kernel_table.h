@@ -12,9 +12,7 @@ namespace llmserve {
 
 // One tile of 64 channels times `rows` rows: out[row * out_stride + channel].
 struct TileArgs {
-  const uint8_t* weights = nullptr;  // packed tile, or unpacked codes
-  const uint8_t* tables = nullptr;   // exact kernels: first group's scales in the packed tile
-  int64_t table_stride = 0;          // exact kernels: bytes between the groups' tables
+  const uint8_t* weights = nullptr;  // packed tile, or unpacked to bytes
   Activations x;                     // pointers at the first row
   int rows = 0;
   int zero_point = 0;
@@ -71,16 +69,15 @@ struct KernelTable {
   TileFunction gemm_u8;          // u8 tile (packed Q8_0 or unpacked 4-bit), int8 activations
   TileFunction gemm_bf16;        // bf16 tile, bf16 activations
   TileFunction gemm_f32;         // f32 tile, f32 activations
-  TileFunction gemm_codes_bf16;  // exact: signed codes as bf16 [k/2][64][2] with group tables, bf16 activations
+  TileFunction gemm_u8_f32;      // exact: u8 tile (packed Q8_0 or unpacked 4-bit), f32 activations
   void (*unpack_q4)(const uint8_t* tile, uint8_t* out, int64_t groups, bool minimum);
-  void (*unpack_codes_bf16)(const uint8_t* tile, uint16_t* out, int64_t groups, PackedType type);
 
   void (*attention)(const AttentionArgs&);
 
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* out, int64_t n, float eps);
   void (*quantize_q8)(const float* x, int8_t* codes, GroupMeta* meta, int64_t n);  // n a multiple of 32
-  void (*round_bf16)(const float* x, uint16_t* out, GroupMeta* meta, int64_t n);   // meta may be null
+  void (*round_bf16)(const float* x, uint16_t* out, int64_t n);
   void (*head)(const HeadRow&);
   void (*activate)(Activation kind, const float* x, float* out, int64_t n);
   void (*gated)(Activation kind, const float* gate, const float* x, float* out, int64_t n);

@@ -119,6 +119,8 @@ void row_block(const TileArgs& args, int row, bool nibbles) {
     else
       u8_columns<kRows>(args, rows, channel, out);
   }
+  for (int r = 0; r < kRows; ++r)
+    add_outliers(args, nibbles, rows.meta + r * rows.meta_stride, out + r * args.out_stride);
 }
 
 void gemm_int8(const TileArgs& args, bool nibbles) {

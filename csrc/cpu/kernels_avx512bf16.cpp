@@ -135,39 +135,6 @@ static void bf16_rows(const TileArgs& args, int row) {
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * args.out_stride + v * 16, acc[r][v]);
 }
 
-inline __m512 load_f16(const uint8_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
-template <int kRows>
-static void codes_rows(const TileArgs& args, int row) {
-  const int64_t stride = padded_columns(args.x.columns);
-  const uint16_t* x = args.x.bf16 + row * stride;
-  const GroupMeta* meta = args.x.bf16_meta + row * (stride / kGroup);
-  const auto* w = reinterpret_cast<const uint16_t*>(args.weights);
-  for (int v = 0; v < kVectors; ++v, w += 32) {
-    __m512 acc[kRows];
-    for (int r = 0; r < kRows; ++r) acc[r] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < args.x.columns / kGroup; ++g) {
-      __m512 sums[kRows];
-      for (int r = 0; r < kRows; ++r) sums[r] = _mm512_setzero_ps();
-      for (int k = 0; k < kGroup; k += 2) {
-        const __m512bh codes = load_pairs(w + (g * kGroup + k) * kTile);
-        for (int r = 0; r < kRows; ++r)
-          sums[r] = _mm512_dpbf16_ps(sums[r], codes, broadcast_pair(x + r * stride + g * kGroup + k));
-      }
-      const uint8_t* tables = args.tables + g * args.table_stride + v * 32;
-      for (int r = 0; r < kRows; ++r) {
-        acc[r] = _mm512_fmadd_ps(sums[r], load_f16(tables), acc[r]);
-        if (args.minimum)
-          acc[r] = _mm512_fmadd_ps(load_f16(tables + kTableBytes),
-                                   _mm512_set1_ps(meta[r * (stride / kGroup) + g].scaled_sum), acc[r]);
-      }
-    }
-    for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(args.out + (row + r) * args.out_stride + v * 16, acc[r]);
-  }
-}
-
 static void gemm_bf16(const TileArgs& args) {
   int row = 0;
   for (; row + 6 <= args.rows; row += 6) bf16_rows<6>(args, row);
@@ -179,17 +146,9 @@ static void gemm_bf16(const TileArgs& args) {
   for (; row < args.rows; ++row) bf16_rows<1>(args, row);
 }
 
-static void gemm_codes_bf16(const TileArgs& args) {
-  int row = 0;
-  for (; row + 6 <= args.rows; row += 6) codes_rows<6>(args, row);
-  for (; row + 2 <= args.rows; row += 2) codes_rows<2>(args, row);
-  for (; row < args.rows; ++row) codes_rows<1>(args, row);
-}
-
 void fill(KernelTable& table) {
   fill_elementwise(table);
   table.gemm_bf16 = gemm_bf16;
-  table.gemm_codes_bf16 = gemm_codes_bf16;
   table.attention = attention;
 }
 

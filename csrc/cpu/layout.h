@@ -58,26 +58,27 @@ constexpr size_t tile_bytes(PackedType type, int64_t columns) {
   return static_cast<size_t>(columns) * kTile * 4;
 }
 
-// One group of 32 quantized activations. `sum` is of the int8 codes; `scaled_sum` is scale * sum, or, for bf16
-// activations, the float32 sum of the rounded values.
+// One group of 32 activations quantized to int8. A value that towers over its group would leave the others few codes:
+// it is kept apart as float32 (its code is 0), and the GEMM adds its product with the dequantized weight at the end.
 struct GroupMeta {
   float scale;
-  int32_t sum;
-  float scaled_sum;
-  float reserved;
+  int16_t sum;       // of the codes
+  int16_t outlier;   // index within the group, meaningful where `value` is not 0
+  float scaled_sum;  // scale * sum + value
+  float value;       // of the outlier, 0: none
 };
 static_assert(sizeof(GroupMeta) == 16);
+constexpr float kOutlierRatio = 1.75f;  // to the second largest magnitude of the group
 
 constexpr int64_t padded_columns(int64_t columns) { return (columns + kTile - 1) / kTile * kTile; }
 
 // Rows of activations in the forms that GEMM reads; unused forms are null. Strides: `columns` for f32,
-// `padded_columns` for q8 and bf16, `padded_columns / kGroup` for the metas.
+// `padded_columns` for q8 and bf16, `padded_columns / kGroup` for the meta.
 struct Activations {
   const float* f32 = nullptr;
   const int8_t* q8 = nullptr;
   const GroupMeta* q8_meta = nullptr;
   const uint16_t* bf16 = nullptr;
-  const GroupMeta* bf16_meta = nullptr;
   int64_t columns = 0;
 };
 

@@ -112,7 +112,7 @@ struct GemmItem {
 class GemmNode : public Node {
  public:
   const PackedMatrix* matrix = nullptr;
-  bool exact = false;  // bf16 activations for quantized weights
+  bool exact = false;  // float32 activations for quantized weights
   Value in, out;
   std::vector<GemmItem> items;
   std::vector<float> bias;  // [num_tiles * 64], empty: none
@@ -137,6 +137,7 @@ class GemmNode : public Node {
  private:
   int max_item_tiles() const;
   bool unpacks(int64_t rows) const;
+  size_t slab_bytes() const;
   TileFunction kernel(const KernelTable& kernels, bool unpacked) const;
   void unpack(const GemmItem& item, const Worker& worker, uint8_t* slab) const;
   void finish_row(const Step& step, const GemmItem& item, int64_t row, float* x, const Worker& worker) const;

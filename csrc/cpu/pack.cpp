@@ -75,7 +75,7 @@ void PackedMatrix::pack_tile(int index, const KernelTable& kernels) const {
       case PackedType::kQ8_0: pack_byte_row(row, channel, groups, out, group_bytes(type)); break;
       case PackedType::kBF16: {
         kernels.dequantize(tensor.dtype, row, values.data(), columns);
-        kernels.round_bf16(values.data(), rounded.data(), nullptr, columns);
+        kernels.round_bf16(values.data(), rounded.data(), columns);
         auto* pairs = reinterpret_cast<uint16_t*>(out);
         for (int64_t k = 0; k < columns; ++k)
           pairs[(k / 2) * 2 * kTile + 2 * channel + k % 2] = rounded[static_cast<size_t>(k)];

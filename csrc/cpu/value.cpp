@@ -26,7 +26,7 @@ size_t value_bytes(int64_t num_rows, int64_t columns, unsigned forms) {
   size_t total = 0;
   if ((forms & kFormF32) != 0) total += bytes.f32;
   if ((forms & kFormQ8) != 0) total += bytes.codes8 + bytes.meta;
-  if ((forms & kFormBF16) != 0) total += bytes.codes16 + bytes.meta;
+  if ((forms & kFormBF16) != 0) total += bytes.codes16;
   return total;
 }
 
@@ -46,10 +46,7 @@ Value place_value(uint8_t* base, Rows rows, int64_t num_rows, int64_t columns, u
     value.q8 = reinterpret_cast<int8_t*>(take(bytes.codes8));
     value.q8_meta = reinterpret_cast<GroupMeta*>(take(bytes.meta));
   }
-  if ((forms & kFormBF16) != 0) {
-    value.bf16 = reinterpret_cast<uint16_t*>(take(bytes.codes16));
-    value.bf16_meta = reinterpret_cast<GroupMeta*>(take(bytes.meta));
-  }
+  if ((forms & kFormBF16) != 0) value.bf16 = reinterpret_cast<uint16_t*>(take(bytes.codes16));
   return value;
 }
 
@@ -62,8 +59,7 @@ void write_forms(const KernelTable& kernels, const Value& value, int64_t row, in
   if (value.q8 != nullptr)
     kernels.quantize_q8(x, value.q8 + row * padded + column, value.q8_meta + row * groups + column / kGroup, n);
   if (value.bf16 != nullptr) {
-    GroupMeta* meta = n % kGroup == 0 ? value.bf16_meta + row * groups + column / kGroup : nullptr;
-    kernels.round_bf16(x, value.bf16 + row * padded + column, meta, n);
+    kernels.round_bf16(x, value.bf16 + row * padded + column, n);
     // The kernels read pairs: what stands after an odd last column meets a zero weight and must not be a NaN.
     if (column + n == value.columns && value.columns % 2 != 0) value.bf16[row * padded + value.columns] = 0;
   }

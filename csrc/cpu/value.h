@@ -19,7 +19,6 @@ struct Value {
   int8_t* q8 = nullptr;
   GroupMeta* q8_meta = nullptr;
   uint16_t* bf16 = nullptr;
-  GroupMeta* bf16_meta = nullptr;
 
   Activations at(int64_t row) const {
     const int64_t padded = padded_columns(columns);
@@ -27,7 +26,7 @@ struct Value {
     x.columns = columns;
     if (f32 != nullptr) x.f32 = f32 + row * columns;
     if (q8 != nullptr) x.q8 = q8 + row * padded, x.q8_meta = q8_meta + row * (padded / kGroup);
-    if (bf16 != nullptr) x.bf16 = bf16 + row * padded, x.bf16_meta = bf16_meta + row * (padded / kGroup);
+    if (bf16 != nullptr) x.bf16 = bf16 + row * padded;
     return x;
   }
 };
@@ -38,7 +37,7 @@ size_t value_bytes(int64_t num_rows, int64_t columns, unsigned forms);
 // Lays the forms out from `base` on (64-byte aligned).
 Value place_value(uint8_t* base, Rows rows, int64_t num_rows, int64_t columns, unsigned forms);
 
-// Writes `n` columns from `column` on in every form of the value. Quantized forms need both to be multiples of 32.
+// Writes `n` columns from `column` on in every form of the value. The int8 form needs both to be multiples of 32.
 void write_forms(const KernelTable& kernels, const Value& value, int64_t row, int64_t column, const float* x,
                  int64_t n);
 

@@ -49,14 +49,14 @@ def packed_type(tensor: CheckpointTensor, *, exact: bool) -> n.PackedType:
 
 def activation_form(type_: n.PackedType, *, exact: bool) -> int:
     """The form in which a GEMM with such weights reads its input."""
-    if type_ == "f32":
+    if exact or type_ == "f32":
         return n.F32
-    return n.BF16 if exact or type_ == "bf16" else n.Q8
+    return n.BF16 if type_ == "bf16" else n.Q8
 
 
 @dataclass(slots=True)
 class Compiler:
-    """One compilation. `exact` keeps activations in BF16 for quantized weights and float weights in float32."""
+    """One compilation. `exact` keeps activations and float weights in float32."""
 
     ops: Sequence[t.TapeOp]
     exact: bool
