@@ -38,6 +38,10 @@ class Checkpoint(Protocol):
         """Bytes of all tensors as stored."""
         ...
 
+    def release_pages(self) -> None:
+        """Give the pages of the files back to the system, once weights are packed; tensors stay readable."""
+        ...
+
     def close(self) -> None:
         """Forget the tensors. A mapping goes when the last tensor taken from it does."""
         ...
@@ -55,6 +59,10 @@ class FileCheckpoint:
     @property
     def total_bytes(self) -> int:
         return sum(tensor.data.nbytes for tensor in self.tensors.values())
+
+    def release_pages(self) -> None:
+        for file in self.files:
+            file.release_pages()
 
     def close(self) -> None:
         self.tensors = {}

@@ -32,6 +32,10 @@ class MappedFile:
         self.data = memoryview(self.map)
         self.size = len(self.map)
 
+    def release_pages(self) -> None:
+        """Give the pages read so far back to the system; they are read again when touched."""
+        self.map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Let the mapping go. Tensors that are still referenced keep it until they are dropped."""
         self.data.release()

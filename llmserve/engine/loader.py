@@ -53,6 +53,7 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
         ),
         progress=progress,
     )
+    checkpoint.release_pages()
     kv_plan = fit_kv_cache(
         config,
         max_position=model.max_position,

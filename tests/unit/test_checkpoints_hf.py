@@ -276,3 +276,10 @@ def test_flipped_header_bytes_load_or_raise_our_error(tmp_path: Path, flips: lis
     except CheckpointError as error:
         message = str(error)
     assert "\n" not in message
+
+
+def test_tensors_stay_readable_after_their_pages_were_released(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_hf(tmp_path))
+    before = {name: bytes(tensor.data) for name, tensor in checkpoint.tensors.items()}
+    checkpoint.release_pages()
+    assert {name: bytes(tensor.data) for name, tensor in checkpoint.tensors.items()} == before
