@@ -80,25 +80,6 @@ TEST(pack_unpack_q4_is_the_same_in_every_table) {
   }
 }
 
-TEST(pack_unpack_codes_bf16_is_exact) {
-  for (const auto& [dtype, type] : {kPairings[0], kPairings[1], kPairings[2]}) {
-    const int64_t groups = random.integer(1, 5);
-    const Weights weights = random_weights(random, dtype, 64, groups * 32);
-    const PackedTile tile = pack_tile(weights, type, 0, 64, tables().front().kernels);
-    for (const auto& [name, kernels] : tables()) {
-      Guarded<uint16_t> out(static_cast<size_t>(groups) * 64 * 32);
-      kernels.unpack_codes_bf16(tile.bytes.data(), out.data(), groups, type);
-      out.check_zones(name);
-      for (int64_t k = 0; k < groups * 32; ++k)
-        for (int channel = 0; channel < 64; ++channel) {
-          const float code = bf16_value(out[static_cast<size_t>((k / 2) * 128 + 2 * channel + k % 2)]);
-          const int expected = packed_value(type, tile.bytes.data(), channel, k).code;
-          CHECK(code == static_cast<float>(expected), name, " ", dtype_name(dtype), " k ", k);
-        }
-    }
-  }
-}
-
 TEST(pack_dequantize_rows_of_every_type) {
   for (const auto& [name, kernels] : tables())
     for (const DType dtype : kAllTypes) {
