@@ -31,6 +31,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Key of the Philox generator, 0 ≤ seed < 2**64; the frontend draws one when the client gave none."""
     stop_token_ids: tuple[int, ...] = ()
     """A generated token of this set ends the sequence with `stop`; the end-of-generation set is already in it."""
+    typical_p: float = 1.0
+    """Keep the tokens whose surprise is nearest the entropy until their probability reaches typical_p, in (0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divide positive and multiply negative logits of tokens seen in prompt or output; 1 is off."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it was generated."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of a token that was generated."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, value added to its logit)."""
+    min_tokens: int = 0
+    """Tokens of `stop_token_ids` are not sampled before this many tokens were generated."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that are never completed."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """When given, no other token is sampled."""
     num_logprobs: int | None = None
     """None: none. k ≥ 0: log-probability of the sampled token and of the k most likely ones."""
     num_prompt_logprobs: int | None = None
@@ -56,6 +72,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     priority: int = 0
     """Smaller is more urgent."""
+    tenant: str = ""
+    """Whose request it is: fair shares are kept between tenants. Never the secret of a key."""
+    cache_salt: str = ""
+    """Prompts share cached prefixes only under the same salt."""
+    arrival_s: float = 0.0
+    """`time.monotonic()` at which the frontend took the request (one clock for all processes of a machine)."""
+    deadline_s: float | None = None
+    """`time.monotonic()` after which the request ends with `deadline`, wherever it is; None: never."""
+    parent_id: str | None = None
+    """The request whose prompt this one shares (n > 1): its blocks are forked instead of computed again."""
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -103,6 +129,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     num_blocks: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
+    num_cache_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    num_cache_hits: int = 0
+    """Prompt tokens found there."""
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
     last_step_tokens: int = 0
