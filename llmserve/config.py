@@ -69,7 +69,7 @@ class ExecutorConfig:
     exact: bool = False
     """Activations and float weights in float32: slower, closer to the checkpoint."""
     isa: str = ""
-    """Highest instruction set to use: scalar, avx2 or avx512; empty: the best there is. It only ever lowers the choice."""
+    """Highest instruction set to use: scalar, avx2 or avx512; empty: the best there is. It only lowers the choice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

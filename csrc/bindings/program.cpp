@@ -38,8 +38,8 @@ Rows parse_rows(const std::string& name) {
   throw std::invalid_argument("rows: '" + name + "' is not one of tokens, logits");
 }
 
-const PackedMatrix* add_matrix(Program& program, const std::string& type, const std::vector<const BoundTensor*>& tensors,
-                               const Array<int32_t>& sources) {
+const PackedMatrix* add_matrix(Program& program, const std::string& type,
+                               const std::vector<const BoundTensor*>& tensors, const Array<int32_t>& sources) {
   if (sources.ndim() != 2 || sources.shape(1) != 3) throw std::invalid_argument("sources: shape (tiles, 3) expected");
   PackedMatrix matrix;
   matrix.type = parse_packed(type);
@@ -93,7 +93,6 @@ void add_elementwise(Program& program, const std::string& op, const Value& x, co
   program.add_node(std::move(node));
 }
 
-
 std::unique_ptr<GemmNode> make_gemm(const PackedMatrix& matrix, const Value& in, const Value* out,
                                     const Array<int32_t>& items, bool exact) {
   if (items.ndim() != 2 || items.shape(1) != 6) throw std::invalid_argument("items: shape (items, 6) expected");
@@ -103,8 +102,12 @@ std::unique_ptr<GemmNode> make_gemm(const PackedMatrix& matrix, const Value& in,
   if (out != nullptr) node->out = *out;
   node->exact = exact;
   for (py::ssize_t i = 0; i < items.shape(0); ++i) {
-    const GemmItem item{static_cast<ItemKind>(items.at(i, 0)), items.at(i, 1), items.at(i, 2),
-                        items.at(i, 3),                        items.at(i, 4), items.at(i, 5)};
+    const GemmItem item{static_cast<ItemKind>(items.at(i, 0)),
+                        items.at(i, 1),
+                        items.at(i, 2),
+                        items.at(i, 3),
+                        items.at(i, 4),
+                        items.at(i, 5)};
     if (item.first_tile < 0 || item.num_tiles < 1 || item.first_tile + item.num_tiles > matrix.num_tiles())
       throw std::invalid_argument("items: tiles out of range");
     node->items.push_back(item);
@@ -215,7 +218,7 @@ void bind_builders(py::class_<Program>& program) {
           },
           py::arg("rows"), py::arg("columns"), py::arg("forms"), py::arg("offset"), reference)
       .def("reserve_weights", &Program::reserve_weights, py::arg("num_bytes"))
-      .def("add_matrix", &add_matrix, py::arg("type"), py::arg("tensors"), py::arg("sources"), reference,
+      .def("add_matrix", &add_matrix, py::arg("packed_type"), py::arg("tensors"), py::arg("sources"), reference,
            py::keep_alive<1, 3>())
       .def("pack", &Program::pack, py::arg("matrix"), py::call_guard<py::gil_scoped_release>())
       .def(
@@ -235,9 +238,9 @@ void bind_builders(py::class_<Program>& program) {
       .def("add_gemm", &add_gemm, py::arg("matrix"), py::arg("x"), py::arg("out"), py::arg("items"), py::arg("exact"),
            py::arg("bias") = py::none(), py::arg("residual") = nullptr, py::arg("activation") = "silu",
            py::arg("factor") = 1.0f, py::arg("softcap") = 0.0f)
-      .def("add_heads", &add_heads, py::arg("matrix"), py::arg("x"), py::arg("out"), py::arg("items"),
-           py::arg("exact"), py::arg("bias"), py::arg("rope"), py::arg("query_norm"), py::arg("key_norm"),
-           py::arg("norm_eps"), py::arg("head_dim"), py::arg("layer"))
+      .def("add_heads", &add_heads, py::arg("matrix"), py::arg("x"), py::arg("out"), py::arg("items"), py::arg("exact"),
+           py::arg("bias"), py::arg("rope"), py::arg("query_norm"), py::arg("key_norm"), py::arg("norm_eps"),
+           py::arg("head_dim"), py::arg("layer"))
       .def("add_attention", &add_attention, py::arg("q"), py::arg("out"), py::arg("heads"), py::arg("kv_heads"),
            py::arg("head_dim"), py::arg("window"), py::arg("layer"), py::arg("scale"))
       .def("add_sample", [](Program& self, const Value& logits) {
@@ -261,19 +264,22 @@ void bind_program(py::module_& module) {
                 return std::make_unique<Program>(
                     isa, num_threads, ProgramLimits{max_num_tokens, max_num_seqs, max_logit_rows, max_position});
               }),
-              py::arg("isa"), py::arg("num_threads"), py::kw_only(), py::arg("max_num_tokens"),
-              py::arg("max_num_seqs"), py::arg("max_logit_rows"), py::arg("max_position"));
+              py::arg("isa"), py::arg("num_threads"), py::kw_only(), py::arg("max_num_tokens"), py::arg("max_num_seqs"),
+              py::arg("max_logit_rows"), py::arg("max_position"));
   bind_builders(program);
-  program.def("allocate_kv", &Program::allocate_kv, py::arg("num_layers"), py::arg("num_blocks"), py::arg("kv_heads"),
-              py::arg("head_dim"))
+  program
+      .def("allocate_kv", &Program::allocate_kv, py::arg("num_layers"), py::arg("num_blocks"), py::arg("kv_heads"),
+           py::arg("head_dim"))
       .def("attach_progress", &Program::attach_progress, py::arg("cell"))
       .def("run", &run_step)
       .def("read", &read_value, py::arg("value"), py::arg("num_rows"))
-      .def("take_times", [](Program& self) {
-        py::dict times;
-        for (const NodeTime& time : self.take_times()) times[py::str(time.kind)] = py::make_tuple(time.seconds, time.count);
-        return times;
-      })
+      .def("take_times",
+           [](Program& self) {
+             py::dict times;
+             for (const NodeTime& time : self.take_times())
+               times[py::str(time.kind)] = py::make_tuple(time.seconds, time.count);
+             return times;
+           })
       .def_property_readonly("isa", [](const Program& self) { return self.kernels().name; })
       .def_property_readonly("num_threads", &Program::num_threads);
 
@@ -286,7 +292,7 @@ void bind_program(py::module_& module) {
       [](const std::string& type, int64_t columns, int64_t num_tiles) {
         return tile_bytes(parse_packed(type), columns) * static_cast<size_t>(num_tiles);
       },
-      py::arg("type"), py::arg("columns"), py::arg("num_tiles"), "Bytes of a packed matrix.");
+      py::arg("packed_type"), py::arg("columns"), py::arg("num_tiles"), "Bytes of a packed matrix.");
   module.def(
       "best_isa", [](const std::string& limit) { return choose_kernels(limit.c_str()).name; }, py::arg("limit") = "",
       "The kernel table this machine would use.");

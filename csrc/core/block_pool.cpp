@@ -77,9 +77,7 @@ void BlockPool::check_integrity() const {
     if (references_[block] == 0 && !is_free[block]) throw std::runtime_error("block pool: a block leaked");
 }
 
-std::vector<int32_t>& BlockPool::find(int64_t handle) {
-  return const_cast<std::vector<int32_t>&>(table(handle));
-}
+std::vector<int32_t>& BlockPool::find(int64_t handle) { return const_cast<std::vector<int32_t>&>(table(handle)); }
 
 void BlockPool::drop(int32_t block) {
   int32_t& references = references_[static_cast<size_t>(block)];

@@ -9,15 +9,15 @@
 //   value_tile:  out[row][0..D) = sum over blocks of P[row] . V
 
 struct AttentionScratch {
-  uint16_t* q;       // [rows][D] bf16, scaled by scale * log2(e)
-  float* scores;     // [rows][256]
-  uint16_t* p;       // [rows][256] bf16
-  float* o;          // [rows][D] running
-  float* tile_o;     // [rows][D]
-  float* m;          // [rows]
-  float* l;          // [rows]
-  float* tile_m;     // [rows]
-  float* tile_l;     // [rows]
+  uint16_t* q;    // [rows][D] bf16, scaled by scale * log2(e)
+  float* scores;  // [rows][256]
+  uint16_t* p;    // [rows][256] bf16
+  float* o;       // [rows][D] running
+  float* tile_o;  // [rows][D]
+  float* m;       // [rows]
+  float* l;       // [rows]
+  float* tile_m;  // [rows]
+  float* tile_l;  // [rows]
 };
 
 static AttentionScratch carve(uint8_t* base, int head_dim) {

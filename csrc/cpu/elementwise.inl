@@ -205,9 +205,7 @@ static inline uint16_t read_u16(const uint8_t* p) { return static_cast<uint16_t>
 
 static void dequantize(DType type, const uint8_t* row, float* out, int64_t n) {
   switch (type) {
-    case DType::kF32:
-      __builtin_memcpy(out, row, static_cast<size_t>(n) * 4);
-      return;
+    case DType::kF32: __builtin_memcpy(out, row, static_cast<size_t>(n) * 4); return;
     case DType::kF16:
       for (int64_t i = 0; i < n; ++i) out[i] = from_f16(read_u16(row + 2 * i));
       return;

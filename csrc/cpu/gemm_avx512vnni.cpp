@@ -51,7 +51,8 @@ void add_outliers(const TileArgs& args, const GroupMeta* meta, float* out) {
     const __m512 value = _mm512_set1_ps(meta[g].value);
     for (int v = 0; v < kVectors; ++v) {
       const __m512i codes = _mm512_and_si512(_mm512_srl_epi32(load(line + v * 64), shift), mask);
-      const __m512 weight = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero), load_f16(group + kCodes + v * 32));
+      const __m512 weight =
+          _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero), load_f16(group + kCodes + v * 32));
       _mm512_storeu_ps(out + v * 16, _mm512_fmadd_ps(weight, value, _mm512_loadu_ps(out + v * 16)));
     }
   }

@@ -23,9 +23,9 @@ struct TileArgs {
 using TileFunction = void (*)(const TileArgs&);
 
 // Attention of the query heads of one KV head, for consecutive tokens of one sequence.
-constexpr int kKvTile = 256;        // tokens of a KV tile, aligned to absolute position 0
-constexpr int kKvBlock = 16;        // tokens of a block
-constexpr int kMaxQueryRows = 32;   // tokens x query heads of one task
+constexpr int kKvTile = 256;       // tokens of a KV tile, aligned to absolute position 0
+constexpr int kKvBlock = 16;       // tokens of a block
+constexpr int kMaxQueryRows = 32;  // tokens x query heads of one task
 constexpr int kMaxHeadDim = 512;
 struct AttentionArgs {
   const float* q = nullptr;  // token t, head h at q + t * q_stride + h * head_dim
@@ -49,10 +49,10 @@ constexpr size_t attention_scratch_bytes(int head_dim) {
 }
 
 struct HeadRow {
-  float* x;               // one head of one token, in place
-  const float* bias;      // null: none
-  const float* norm;      // RMS weight over the head, null: none
-  const float* cosine;    // [rotary_dim / 2] of this position, null: no rotation
+  float* x;             // one head of one token, in place
+  const float* bias;    // null: none
+  const float* norm;    // RMS weight over the head, null: none
+  const float* cosine;  // [rotary_dim / 2] of this position, null: no rotation
   const float* sine;
   int head_dim;
   int rotary_dim;
@@ -65,11 +65,11 @@ enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu2 };
 struct KernelTable {
   const char* name;
 
-  TileFunction gemm_q4;          // 4-bit tile, int8 activations
-  TileFunction gemm_u8;          // u8 tile (packed Q8_0 or unpacked 4-bit), int8 activations
-  TileFunction gemm_bf16;        // bf16 tile, bf16 activations
-  TileFunction gemm_f32;         // f32 tile, f32 activations
-  TileFunction gemm_u8_f32;      // exact: u8 tile (packed Q8_0 or unpacked 4-bit), f32 activations
+  TileFunction gemm_q4;      // 4-bit tile, int8 activations
+  TileFunction gemm_u8;      // u8 tile (packed Q8_0 or unpacked 4-bit), int8 activations
+  TileFunction gemm_bf16;    // bf16 tile, bf16 activations
+  TileFunction gemm_f32;     // f32 tile, f32 activations
+  TileFunction gemm_u8_f32;  // exact: u8 tile (packed Q8_0 or unpacked 4-bit), f32 activations
   void (*unpack_q4)(const uint8_t* tile, uint8_t* out, int64_t groups, bool minimum);
 
   void (*attention)(const AttentionArgs&);

@@ -36,8 +36,7 @@ static void score_rows(const uint16_t* q, const uint16_t* const* k, float* score
 template <int kBlocks>
 static void score_blocks(const uint16_t* q, const uint16_t* const* k, float* scores, int rows, int head_dim) {
   int row = 0;
-  for (; row + 4 <= rows; row += 4)
-    score_rows<4, kBlocks>(q + row * head_dim, k, scores + row * kKvTile, head_dim);
+  for (; row + 4 <= rows; row += 4) score_rows<4, kBlocks>(q + row * head_dim, k, scores + row * kKvTile, head_dim);
   switch (rows - row) {
     case 3: return score_rows<3, kBlocks>(q + row * head_dim, k, scores + row * kKvTile, head_dim);
     case 2: return score_rows<2, kBlocks>(q + row * head_dim, k, scores + row * kKvTile, head_dim);
@@ -93,8 +92,7 @@ static void score_tile(const AttentionArgs& args, const int32_t* table, int num_
   int block = 0;
   for (; block + 4 <= num_blocks; block += 4)
     score_blocks<4>(s.q, k + block, s.scores + block * kKvBlock, rows, args.head_dim);
-  for (; block < num_blocks; ++block)
-    score_blocks<1>(s.q, k + block, s.scores + block * kKvBlock, rows, args.head_dim);
+  for (; block < num_blocks; ++block) score_blocks<1>(s.q, k + block, s.scores + block * kKvBlock, rows, args.head_dim);
 }
 
 static void value_tile(const AttentionArgs& args, const int32_t* table, int num_blocks, const AttentionScratch& s,

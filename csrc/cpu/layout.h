@@ -21,10 +21,10 @@
 
 namespace llmserve {
 
-constexpr int kTile = 64;         // output channels of a tile
-constexpr int kGroup = 32;        // k values that share a scale
-constexpr int kSlabRows = 64;     // activation rows of one pass over an unpacked tile
-constexpr int kDirectRows = 8;    // up to this many rows 4-bit codes are unpacked in registers
+constexpr int kTile = 64;       // output channels of a tile
+constexpr int kGroup = 32;      // k values that share a scale
+constexpr int kSlabRows = 64;   // activation rows of one pass over an unpacked tile
+constexpr int kDirectRows = 8;  // up to this many rows 4-bit codes are unpacked in registers
 constexpr size_t kTableBytes = kTile * sizeof(uint16_t);
 constexpr size_t kNibbleBytes = kTile * kGroup / 2;
 constexpr size_t kByteBytes = kTile * kGroup;
@@ -41,9 +41,7 @@ constexpr int zero_point(PackedType type) {
 }
 
 constexpr size_t codes_bytes(PackedType type) { return type == PackedType::kQ8_0 ? kByteBytes : kNibbleBytes; }
-constexpr size_t group_bytes(PackedType type) {
-  return codes_bytes(type) + kTableBytes * (has_minimum(type) ? 2 : 1);
-}
+constexpr size_t group_bytes(PackedType type) { return codes_bytes(type) + kTableBytes * (has_minimum(type) ? 2 : 1); }
 constexpr size_t unpacked_group_bytes(bool minimum) { return kByteBytes + kTableBytes * (minimum ? 2 : 1); }
 
 static_assert(group_bytes(PackedType::kQ4_0) == 1152 && group_bytes(PackedType::kQ4_1) == 1280);

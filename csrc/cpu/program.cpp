@@ -43,8 +43,7 @@ const Value* Program::add_value(Rows rows, int64_t columns, unsigned forms, size
     throw std::invalid_argument("columns: int8 activations need a multiple of 32");
   if (offset % 64 != 0 || offset + value_bytes(max_rows(rows), columns, forms) > arena_.size())
     throw std::invalid_argument("offset: outside the arena");
-  values_.push_back(
-      std::make_unique<Value>(place_value(arena_.data() + offset, rows, max_rows(rows), columns, forms)));
+  values_.push_back(std::make_unique<Value>(place_value(arena_.data() + offset, rows, max_rows(rows), columns, forms)));
   return values_.back().get();
 }
 
@@ -88,7 +87,8 @@ void Program::allocate_kv(int num_layers, int num_blocks, int kv_heads, int head
   kv.num_blocks = num_blocks;
   kv.kv_heads = kv_heads;
   kv.head_dim = head_dim;
-  kv.memory = Mapping(KvCache::bytes_per_block(num_layers, kv_heads, head_dim) * static_cast<size_t>(num_blocks), false);
+  kv.memory =
+      Mapping(KvCache::bytes_per_block(num_layers, kv_heads, head_dim) * static_cast<size_t>(num_blocks), false);
   kv_ = std::move(kv);
 }
 

@@ -17,14 +17,12 @@ struct Candidate {
   int32_t id;
 };
 
-bool before(const Candidate& a, const Candidate& b) {
-  return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
-}
+bool before(const Candidate& a, const Candidate& b) { return a.weight != b.weight ? a.weight > b.weight : a.id < b.id; }
 
 struct Scratch {
-  float* weights;          // [vocab]
-  double* sums;            // [vocab / 256]
-  Candidate* candidates;   // [vocab]
+  float* weights;         // [vocab]
+  double* sums;           // [vocab / 256]
+  Candidate* candidates;  // [vocab]
 };
 
 Scratch carve(uint8_t* base, int64_t vocab) {
@@ -100,8 +98,9 @@ int64_t apply_filters(Candidate* candidates, int64_t size, int32_t top_k, float 
   }
   if (top_p < 1.0f) size = apply_top_p(candidates, size, top_p);
   // The largest weight is exp(0) = 1, so min_p compares with the weight itself.
-  if (min_p > 0.0f) size = std::partition(candidates, candidates + size,
-                                          [min_p](const Candidate& c) { return c.weight >= min_p; }) - candidates;
+  if (min_p > 0.0f)
+    size = std::partition(candidates, candidates + size, [min_p](const Candidate& c) { return c.weight >= min_p; }) -
+           candidates;
   return std::max<int64_t>(size, 1);
 }
 

@@ -49,7 +49,7 @@ struct StepArrays {
   int32_t* out_token_ids = nullptr;
   float* out_logprobs = nullptr;
   int32_t* out_ranks = nullptr;
-  int32_t* out_top_ids = nullptr;       // [num_rows, max_top]
+  int32_t* out_top_ids = nullptr;  // [num_rows, max_top]
   float* out_top_logprobs = nullptr;
 };
 

@@ -190,7 +190,8 @@ class Compiler:
 
     def _lower_gated(self, op: t.ActOp) -> None:
         up, gate = (value.producer for value in op.inputs)
-        assert isinstance(up, t.LinearOp) and isinstance(gate, t.LinearOp)
+        assert isinstance(up, t.LinearOp), "_gated holds"
+        assert isinstance(gate, t.LinearOp), "_gated holds"
         rows = up.weight.shape[0]
         matrix, items = n.Matrix(self._type(up.weight)), []
         parts: list[tuple[CheckpointTensor | None, int, int]] = []
@@ -257,19 +258,17 @@ class Compiler:
         )
 
     def _lower_logits(self, op: t.LogitsOp) -> None:
-        value, norm = op.inputs[0], None
-        if value.producer in self._fused:
-            norm = value.producer
-            assert isinstance(norm, t.NormOp)
-            value = norm.inputs[0]
-        rows = n.Buffer("logits", value.columns)
-        self.nodes.append(n.GatherNode(reads=[self._input(value, n.F32)], out=rows))
-        if norm is not None:
+        value = op.inputs[0]
+        norm = value.producer if value.producer in self._fused else None
+        if isinstance(norm, t.NormOp):
+            rows = self._gather(norm.inputs[0])
             rows.forms |= n.F32
-            normed = n.Buffer("logits", value.columns)
-            node = n.NormNode(kind=norm.kind, weight=norm.weight, bias=norm.bias, eps=norm.eps, reads=[rows], out=normed)
+            normed = n.Buffer("logits", rows.columns)
+            node = n.NormNode(kind=norm.kind, weight=norm.weight, bias=norm.bias, eps=norm.eps, reads=[rows])
+            node.out = rows = normed
             self.nodes.append(node)
-            rows = normed
+        else:
+            rows = self._gather(value)
         rows.forms |= self._form(op.head)
         vocab = op.head.shape[0]
         matrix = n.Matrix(self._type(op.head))
@@ -278,6 +277,11 @@ class Compiler:
         gemm = n.GemmNode(matrix=matrix, items=_plain_items(vocab), factor=op.scale, reads=[rows], out=logits)
         gemm.softcap = op.softcap or 0.0
         self.nodes += [gemm, n.SampleNode(reads=[logits])]
+
+    def _gather(self, value: t.TapeValue) -> n.Buffer:
+        rows = n.Buffer("logits", value.columns)
+        self.nodes.append(n.GatherNode(reads=[self._input(value, n.F32)], out=rows))
+        return rows
 
 
 def _plain_items(rows: int) -> list[tuple[int, int, int, int, int, int]]:

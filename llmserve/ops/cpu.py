@@ -79,9 +79,7 @@ class CpuExecutor:
         return self._output
 
 
-def build(
-    config: ModelConfig, forward: Forward, executor_config: ExecutorConfig, *, progress: Progress
-) -> CpuExecutor:
+def build(config: ModelConfig, forward: Forward, executor_config: ExecutorConfig, *, progress: Progress) -> CpuExecutor:
     """Record, compile and pack a network.
 
     Raises `CheckpointError` for a network this executor cannot run, `InvalidRequest` for a bad option.

@@ -125,9 +125,7 @@ class Emitter:
         if spec not in self._ropes:
             positions = np.arange(self._config.max_model_len, dtype=np.float64)
             angles = positions[:, None] * spec.inv_freq  # [max_model_len, rotary_dim / 2]
-            cosine, sine = (
-                (f(angles) * spec.attention_factor).astype(np.float32) for f in (np.cos, np.sin)
-            )
+            cosine, sine = ((f(angles) * spec.attention_factor).astype(np.float32) for f in (np.cos, np.sin))
             self._ropes[spec] = self._program.add_rope(cosine, sine, spec.rotary_dim, spec.style == "interleaved")
         return self._ropes[spec]
 

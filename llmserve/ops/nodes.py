@@ -98,7 +98,10 @@ class ElementwiseNode(Node):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class GemmNode(Node):
-    """`reads`: x, then the residual if there is one. An item is (kind, first tile, tiles, out column, columns, head)."""
+    """`reads`: x, then the residual if there is one.
+
+    An item is (kind, first tile, tiles, out column, columns, head).
+    """
 
     matrix: Matrix
     items: list[tuple[int, int, int, int, int, int]]
@@ -110,7 +113,10 @@ class GemmNode(Node):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class HeadsNode(GemmNode):
-    """A GEMM whose items are whole heads: bias, head norm and rotation follow at once, keys and values go to the cache."""
+    """A GEMM whose items are whole heads.
+
+    Bias, head norm and rotation follow at once; keys and values go to the cache.
+    """
 
     rope: RopeSpec | None
     query_norm: CheckpointTensor | None

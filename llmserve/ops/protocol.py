@@ -1,8 +1,8 @@
 """The op seam: what a model file may say, and what an executor must know to do it.
 
-A model file is written once against `Ops` and nothing else. It holds no arithmetic on tensors, no device branch, no fused
-operation and no global context. Executors decide how: the CPU executor records a tape and compiles it, the reference executor
-computes at once in NumPy float32.
+A model file is written once against `Ops` and nothing else. It holds no arithmetic on tensors, no device branch, no
+fused operation and no global context. Executors decide how: the CPU executor records a tape and compiles it, the
+reference executor computes at once in NumPy float32.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Ops(Protocol):
         positions: CheckpointTensor | None = None,
         types: CheckpointTensor | None = None,
     ) -> Value:
-        """Rows of `table` for the step's token ids, times `scale`, plus learned position and type rows. `[T, hidden]`."""
+        """Rows of `table` for the step's token ids, times `scale`, plus position and type rows. `[T, hidden]`."""
 
     def norm(
         self,

@@ -159,9 +159,7 @@ class TapeBuilder:
     def rope(self, x: TapeValue, rope: RopeSpec, *, heads: int) -> TapeValue:
         return self._record(RopeOp(inputs=(x,), rope=rope, heads=heads), x.columns)
 
-    def attention(
-        self, q: TapeValue, k: TapeValue, v: TapeValue, spec: AttentionSpec, *, layer: int
-    ) -> TapeValue:
+    def attention(self, q: TapeValue, k: TapeValue, v: TapeValue, spec: AttentionSpec, *, layer: int) -> TapeValue:
         return self._record(AttentionOp(inputs=(q, k, v), spec=spec, layer=layer), spec.heads * spec.head_dim)
 
     def act(self, x: TapeValue, kind: ActKind, *, gate: TapeValue | None = None) -> TapeValue:
