@@ -161,7 +161,7 @@ void write_logprobs(const KernelTable& kernels, const Step& step, int row, const
   const float normalizer = static_cast<float>(static_cast<double>(largest) + std::log(total(s.sums, vocab)));
   const int32_t token = step.out_token_ids[row];
   int32_t rank = 1;
-  for (int64_t i = 0; i < vocab; ++i) rank += logits[i] > logits[token] || (logits[i] == logits[token] && i < token);
+  for (int64_t i = 0; i < vocab; ++i) rank += logits[i] > logits[token] ? 1 : 0;
   step.out_logprobs[row] = logits[token] - normalizer;
   step.out_ranks[row] = rank;
   write_top(step, row, logits, vocab, normalizer, s.candidates);
