@@ -7,7 +7,7 @@ from typing import Final
 
 from llmserve.errors import InvalidRequest
 
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?(b?)\s*", re.IGNORECASE)
 _STEPS: Final = ("", "k", "m", "g", "t")
 
 
@@ -19,8 +19,8 @@ def parse_byte_size(text: str, *, param: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise InvalidRequest(f"{param}: {text!r} is not a size; write e.g. 2GiB, 512MiB or 4096", param=param)
-    number, step, binary, unit = match.groups()
-    base = 1000 if unit and step and not binary else 1024
+    number, step, binary, unit = match.groups(default="")
+    base = 1000 if unit and not binary else 1024
     return int(float(number) * base ** _STEPS.index(step.lower()))
 
 

@@ -1,7 +1,7 @@
 """`llmserve`: from the command line to the module of one command.
 
-Each command is a module of this package with a function `command`, which returns its exit code, and its text for
-`--help`, `HELP`. Invariants: only the
+Each command is a module of this package with a function `command`, which returns its exit code, and, unless the
+function's docstring is the text for `--help`, that text as `HELP`. Invariants: only the
 module that was asked for is imported, so `serve` waits for nobody else's imports; what a person got wrong is one line
 on stderr and exit code 2, a fault is one line and 1, Ctrl-C is 130; a traceback is a bug of ours.
 """
@@ -71,7 +71,7 @@ def _application(names: Sequence[str]) -> typer.Typer:
     app.callback()(_global_options)
     for name in names:
         module = import_module(f"llmserve.cli.{name}")
-        app.command(name, help=module.HELP)(module.command)
+        app.command(name, help=getattr(module, "HELP", None))(module.command)
     return app
 
 

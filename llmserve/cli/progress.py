@@ -23,7 +23,6 @@ _LINE_INTERVAL_S: Final = 5.0
 class _Phase:
     """One kind of work, as far as it was shown."""
 
-    started_s: float
     shown_s: float
     ended: bool = False
 
@@ -72,12 +71,12 @@ class ProgressDisplay:
         now = time.monotonic()
         state = self._phases.get(phase)
         if state is None or (state.ended and done < total):
-            state = self._phases[phase] = _Phase(now, now)
+            state = self._phases[phase] = _Phase(now)
         if state.ended:
             return
         state.ended = 0 < total <= done
         if state.ended:
-            print(f"{phase}: {format_bytes(total)} in {now - state.started_s:.1f} s", file=sys.stderr, flush=True)
+            print(f"{phase}: {format_bytes(total)}, done", file=sys.stderr, flush=True)
         elif now - state.shown_s >= _LINE_INTERVAL_S:
             state.shown_s = now
             of_all = f" of {format_bytes(total)}" if total else ""

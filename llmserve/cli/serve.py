@@ -174,7 +174,9 @@ async def _serve(engine: EngineConfig, server: ServerConfig, display: ProgressDi
             display.close()
             _announce(urls[0], model.name, model.info, time.monotonic() - started_s)
 
-        await serve(create_app(model, server), server, on_listening=urls.append, on_ready=on_ready)
+        app = create_app(model, server)
+        await asyncio.sleep(0)  # a Ctrl-C that came during the imports ends it here, not inside the server's start
+        await serve(app, server, on_listening=urls.append, on_ready=on_ready)
 
 
 def _announce(url: str, name: str, info: EngineInfo, took_s: float) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.real_server import RealServer, real_server
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -40,4 +42,11 @@ def scripted_server(*, drain_timeout_s: float = 5.0) -> Iterator[ServerProcess]:
 def server() -> Iterator[ServerProcess]:
     """One scripted server for all tests of a module."""
     with scripted_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    """One `llmserve serve` of the real model for all tests that leave it as it was."""
+    with real_server(tmp_path_factory.mktemp("served")) as running:
         yield running
