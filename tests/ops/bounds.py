@@ -1,8 +1,12 @@
-"""How far an executor's log-probabilities may be from transformers' float32. The one table of model-level bounds."""
+"""How far results may be apart: executors from transformers (log-probabilities), and ops from the reference (logits).
+
+The one table of bounds. Each is proven by mistakes that it must reject: `test_model_mutants`, `test_kernels_mutants`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import hypot, sqrt
 from typing import Final
 
 from tests.tiny.models import TinyModel
@@ -10,7 +14,7 @@ from tests.tiny.models import TinyModel
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Absolute difference of natural-log probabilities: the mean and the largest."""
+    """Absolute difference, the mean and the largest: of natural-log probabilities, or of what a table says."""
 
     mean: float
     max: float
@@ -58,3 +62,28 @@ def tiny_bound(model: TinyModel, arm: str, *, spread: float) -> Bound:
     """The bound of an executor arm for a tiny network. `spread`: standard deviation of its golden log-probabilities."""
     quantized = model.storage in ("q4_0", "q4_1", "q8_0")
     return TINY[precision(arm, quantized=quantized)].times(spread)
+
+
+ROUNDING: Final = {
+    # Float32 weights and activations: sums of a few hundred terms in another order (measured: 1e-7, 3e-6).
+    "float32": Bound(mean=1e-6, max=2e-5),
+    # 8 significant bits: an error uniform in ±2^-9 of a value, RMS 2^-9 / √3 = 1.1e-3 (measured: 1.4e-3, 7e-3).
+    "bf16": Bound(mean=2e-3, max=1.5e-2),
+    # A step of the group's largest / 127; of 32 normal values that is 2.1: RMS 2.1 / 127 / √12 = 4.8e-3 (measured:
+    # 4.5e-3, 2.6e-2).
+    "int8": Bound(mean=6e-3, max=6e-2),
+}
+"""Of one rounding of a matrix's input, in standard deviations of its output: width and scale cancel out."""
+
+ATTENTION_ROUNDING: Final = Bound(mean=4e-3, max=8e-2)
+"""Of one attention: scaled queries, keys, values and probabilities in BF16 (measured: 2.7e-3, 4.9e-2).
+
+The largest error is that of a head whose values nearly cancel."""
+
+
+def op_bound(kind: str, *, gemms: float, attends: bool) -> Bound:
+    """For logits of a small network, in standard deviations of theirs. Roundings add in quadrature."""
+    one = ROUNDING[kind].times(sqrt(gemms))
+    if not attends:
+        return one
+    return Bound(mean=hypot(one.mean, ATTENTION_ROUNDING.mean), max=hypot(one.max, ATTENTION_ROUNDING.max))
