@@ -15,17 +15,70 @@ class TensorView:
     def dtype(self) -> str: ...
 
 class BlockPool:
-    def __init__(self, num_blocks: int, block_size: int) -> None: ...
-    def create(self) -> int: ...
-    def reserve(self, handles: Sequence[int], num_tokens: Sequence[int]) -> int: ...
-    def truncate(self, handle: int, num_tokens: int) -> None: ...
-    def release(self, handle: int) -> None: ...
-    def table(self, handle: int) -> list[int]: ...
-    def check_integrity(self) -> None: ...
+    """Block tables of the paged KV cache and its prefix cache. Only the engine thread may call it.
+
+    `num_free` counts blocks that can be handed out: unused ones, and cached ones that no sequence holds (the one
+    touched longest ago goes first, and only when no unused block is left). Unknown handles, tables that do not fit a
+    call and negative counts raise `ValueError` and change nothing.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, hash_key: int = 0) -> None:
+        """`hash_key` (128 bits, secret, per deployment) keys the prefix hashes: without it, collisions can be made."""
+    def create(self) -> int:
+        """Handle of a new, empty table."""
+    def reserve(self, handles: Sequence[int], num_tokens: Sequence[int]) -> int:
+        """Grow each table, in order, to hold num_tokens; stop at the first that does not fit. How many succeeded."""
+    def admit(
+        self,
+        handles: Sequence[int],
+        token_ids: Sequence[NDArray[np.int32] | Sequence[int]],
+        salts: Sequence[int],
+        num_tokens: Sequence[int],
+        reads_cache: Sequence[bool],
+    ) -> list[int]:
+        """Fill empty tables, in one ordered transaction: the longest cached prefix, then new blocks up to num_tokens.
+
+        The prefix is of whole blocks and leaves at least one of `token_ids` to compute; `reads_cache` false skips it.
+        `salts` (64 bits, unsigned) separate tenants, adapters and versions; a table keeps its salt. Stops at the first
+        table that does not fit and leaves it untouched. Returns the cached tokens of each admitted one.
+        """
+    def match(self, token_ids: NDArray[np.int32] | Sequence[int], salt: int) -> int:
+        """Tokens that `admit` would find now; touches nothing."""
+    def commit(self, handle: int, token_ids: NDArray[np.int32] | Sequence[int], num_computed: int) -> None:
+        """Let others match the full blocks among the first num_computed tokens, which must be computed and accepted.
+
+        Cheap when no block became full. Does nothing for a table that is older than the last `reset_cache`.
+        """
+    def fork(self, handle: int, num_tokens: int) -> int:
+        """Handle of a new table that shares the blocks of the first num_tokens (computed) tokens.
+
+        A partial last block gets a block of its own and a queued copy. Raises `MemoryError` when there is none free.
+        """
+    def truncate(self, handle: int, num_tokens: int) -> None:
+        """Give back the blocks past num_tokens. Raises `ValueError` when it cuts into a block that others hold."""
+    def release(self, handle: int) -> None:
+        """Give back a table and its blocks."""
+    def reset_cache(self) -> None:
+        """Nothing computed so far can be matched any more, nor what present tables compute from now on."""
+    def take_copies(self) -> list[tuple[int, int]]:
+        """Queued (source, destination) block copies; sources are never destinations.
+
+        For executors: `launch` takes and executes them before anything of the step is written. Until then a copy keeps
+        its source.
+        """
+    def take_new_blocks(self) -> list[int]:
+        """Blocks handed out since the last call, without destinations of copies. For executors that zero them."""
+    def table(self, handle: int) -> list[int]:
+        """Block ids in order."""
+    def check_integrity(self) -> None:
+        """Raises `RuntimeError` when tables, references, free blocks and index disagree."""
     @property
     def num_blocks(self) -> int: ...
     @property
     def num_free(self) -> int: ...
+    @property
+    def num_cached(self) -> int:
+        """Blocks that can be matched, held or not."""
     @property
     def block_size(self) -> int: ...
 

@@ -1,54 +1,243 @@
-"""The block pool in plain Python: the oracle of the compiled one, with the same verbs."""
+"""The block pool in plain Python: the oracle of the compiled one, with the same verbs, block ids and order of reuse.
+
+Where the compiled pool keeps a keyed hash of a prefix, the twin keeps the prefix itself.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+Prefix = tuple[int, tuple[int, ...]]
+"""Salt, and all tokens up to the end of a block."""
+
+
+@dataclass(slots=True)
+class Table:
+    """One sequence's blocks."""
+
+    blocks: list[int] = field(default_factory=list)
+    prefixes: list[Prefix] = field(default_factory=list)
+    """Of the committed blocks, which are the first ones."""
+    salt: int = 0
+    may_commit: bool = True
+    """False once the cache was reset under the sequence: its blocks hold what the new cache must not."""
+
 
 class BlockPoolTwin:
-    """Tables of blocks by handle; freed blocks are handed out again before untouched ones."""
+    """Tables of blocks by handle. Freed blocks that others can match are kept until there is no other free block."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, hash_key: int = 0) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._tables: dict[int, list[int]] = {}
-        self._next_handle = 0
+        self._evictable: dict[int, None] = {}
+        """Free blocks that others can match, the one touched longest ago first."""
+        self._index: dict[Prefix, int] = {}
+        self._prefix_of: dict[int, Prefix] = {}
+        self._new: set[int] = set()
+        self._copies: dict[int, int] = {}
+        """Source by destination. A queued copy holds a reference to its source."""
+        self._tables: dict[int, Table] = {}
+        self._next_handle = 1
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free) + len(self._evictable)
 
-    def create(self) -> int:
-        handle = self._next_handle
-        self._next_handle += 1
-        self._tables[handle] = []
-        return handle
-
-    def reserve(self, handles: list[int], num_tokens: list[int]) -> int:
-        for count, (handle, tokens) in enumerate(zip(handles, num_tokens, strict=True)):
-            table = self._tables[handle]
-            num_missing = max(0, -(-tokens // self.block_size) - len(table))
-            if num_missing > len(self._free):
-                return count
-            table += [self._free.pop() for _ in range(num_missing)]
-        return len(handles)
-
-    def release(self, handle: int) -> None:
-        self._free += reversed(self._tables.pop(handle))
-
-    def truncate(self, handle: int, num_tokens: int) -> None:
-        table = self._tables[handle]
-        num_kept = -(-num_tokens // self.block_size)
-        self._free += reversed(table[num_kept:])
-        del table[num_kept:]
-
-    def table(self, handle: int) -> list[int]:
-        return list(self._tables[handle])
-
-    def check_integrity(self) -> None:
-        held = [block for table in self._tables.values() for block in table]
-        if sorted(held + self._free) != list(range(self.num_blocks)):
-            raise RuntimeError("a block is lost or held twice")
+    @property
+    def num_cached(self) -> int:
+        return len(self._index)
 
     @property
     def num_tables(self) -> int:
         return len(self._tables)
+
+    def create(self) -> int:
+        return self._insert(Table())
+
+    def reserve(self, handles: Sequence[int], num_tokens: Sequence[int]) -> int:
+        for count, (handle, tokens) in enumerate(zip(handles, num_tokens, strict=True)):
+            table = self._find(handle)
+            num_missing = max(0, self._num_blocks_of(tokens) - len(table.blocks))
+            if num_missing > self.num_free:
+                return count
+            table.blocks += [self._allocate() for _ in range(num_missing)]
+        return len(handles)
+
+    def admit(
+        self,
+        handles: Sequence[int],
+        token_ids: Sequence[Iterable[int]],
+        salts: Sequence[int],
+        num_tokens: Sequence[int],
+        reads_cache: Sequence[bool],
+    ) -> list[int]:
+        if any(self._find(handle).blocks for handle in handles):
+            raise ValueError("handles: only empty tables can be admitted")
+        num_cached = []
+        for handle, ids, salt, tokens, reads in zip(handles, token_ids, salts, num_tokens, reads_cache, strict=True):
+            prefixes = self._match(list(ids), salt) if reads else []
+            matched = [self._index[prefix] for prefix in prefixes]
+            num_missing = max(0, self._num_blocks_of(tokens) - len(matched))
+            if num_missing > self.num_free - sum(block in self._evictable for block in matched):
+                break
+            for block in matched:
+                self._hold(block)
+            table = self._find(handle)
+            table.salt, table.prefixes = salt, prefixes
+            table.blocks = matched + [self._allocate() for _ in range(num_missing)]
+            num_cached.append(len(matched) * self.block_size)
+        return num_cached
+
+    def match(self, token_ids: Iterable[int], salt: int) -> int:
+        return len(self._match(list(token_ids), salt)) * self.block_size
+
+    def commit(self, handle: int, token_ids: Iterable[int], num_computed: int) -> None:
+        table, ids = self._find(handle), list(token_ids)
+        num_full = num_computed // self.block_size
+        if num_full > len(table.blocks) or num_computed > len(ids):
+            raise ValueError("num_computed: more than the table or the tokens hold")
+        if not table.may_commit:
+            return
+        for number in range(len(table.prefixes), num_full):
+            prefix = (table.salt, tuple(ids[: (number + 1) * self.block_size]))
+            table.prefixes.append(prefix)
+            if prefix not in self._index:
+                self._index[prefix] = table.blocks[number]
+                self._prefix_of[table.blocks[number]] = prefix
+
+    def fork(self, handle: int, num_tokens: int) -> int:
+        table = self._find(handle)
+        num_full, num_rest = divmod(num_tokens, self.block_size)
+        if num_tokens < 0 or self._num_blocks_of(num_tokens) > len(table.blocks):
+            raise ValueError("num_tokens: more than the table holds")
+        if num_rest and not self.num_free:
+            raise MemoryError("no block is free for the copy of a partial block")
+        child = replace(table, blocks=table.blocks[:num_full], prefixes=table.prefixes[:num_full])
+        for block in child.blocks:
+            self._hold(block)
+        if num_rest:
+            source = self._copies.get(table.blocks[num_full], table.blocks[num_full])
+            self._hold(source)
+            target = self._allocate()
+            self._new.discard(target)
+            self._copies[target] = source
+            child.blocks.append(target)
+        return self._insert(child)
+
+    def truncate(self, handle: int, num_tokens: int) -> None:
+        table = self._find(handle)
+        num_full, num_rest = divmod(num_tokens, self.block_size)
+        if num_rest and num_full < len(table.blocks):
+            self._open(table.blocks[num_full])
+        del table.prefixes[num_full:]
+        for block in reversed(table.blocks[self._num_blocks_of(num_tokens) :]):
+            self._drop(block)
+        del table.blocks[self._num_blocks_of(num_tokens) :]
+
+    def release(self, handle: int) -> None:
+        for block in reversed(self._find(handle).blocks):
+            self._drop(block)
+        del self._tables[handle]
+
+    def reset_cache(self) -> None:
+        self._index.clear()
+        self._prefix_of.clear()
+        self._free += self._evictable
+        self._evictable.clear()
+        for table in self._tables.values():
+            table.prefixes.clear()
+            table.may_commit = False
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        copies = [(source, target) for target, source in self._copies.items()]
+        self._copies.clear()
+        for source, _ in copies:
+            self._drop(source)
+        return copies
+
+    def take_new_blocks(self) -> list[int]:
+        blocks = sorted(self._new)
+        self._new.clear()
+        return blocks
+
+    def table(self, handle: int) -> list[int]:
+        return list(self._find(handle).blocks)
+
+    def check_integrity(self) -> None:
+        held = [block for table in self._tables.values() for block in table.blocks] + list(self._copies.values())
+        if [held.count(block) for block in range(self.num_blocks)] != self._references:
+            raise RuntimeError("reference counts disagree with the tables")
+        if sorted({*held} | {*self._free} | {*self._evictable}) != list(range(self.num_blocks)):
+            raise RuntimeError("a block is lost")
+        if len({*held}) + len(self._free) + len(self._evictable) != self.num_blocks:
+            raise RuntimeError("a block is held and free, or free twice")
+        if self._prefix_of != {block: prefix for prefix, block in self._index.items()}:
+            raise RuntimeError("the index names a block twice")
+        if not self._evictable.keys() <= self._prefix_of.keys() or self._prefix_of.keys() & {*self._free}:
+            raise RuntimeError("the index and the free blocks disagree")
+
+    def _find(self, handle: int) -> Table:
+        if handle not in self._tables:
+            raise ValueError(f"handle: unknown sequence {handle}")
+        return self._tables[handle]
+
+    def _insert(self, table: Table) -> int:
+        handle = self._next_handle
+        self._next_handle += 1
+        self._tables[handle] = table
+        return handle
+
+    def _num_blocks_of(self, num_tokens: int) -> int:
+        if num_tokens < 0:
+            raise ValueError("num_tokens: must not be negative")
+        return -(-num_tokens // self.block_size)
+
+    def _match(self, ids: list[int], salt: int) -> list[Prefix]:
+        """Prefixes of the longest run of known blocks; one token is always left to compute."""
+        prefixes: list[Prefix] = []
+        for end in range(self.block_size, len(ids), self.block_size):
+            prefix = (salt, tuple(ids[:end]))
+            if prefix not in self._index:
+                break
+            prefixes.append(prefix)
+        return prefixes
+
+    def _allocate(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block = next(iter(self._evictable))
+            del self._evictable[block]
+            self._forget(block)
+        self._references[block] = 1
+        self._new.add(block)
+        return block
+
+    def _hold(self, block: int) -> None:
+        self._evictable.pop(block, None)
+        self._references[block] += 1
+
+    def _drop(self, block: int) -> None:
+        self._references[block] -= 1
+        if self._references[block] > 0:
+            return
+        self._new.discard(block)
+        if block in self._prefix_of:
+            self._evictable[block] = None
+        else:
+            self._free.append(block)
+        if block in self._copies:
+            self._drop(self._copies.pop(block))
+
+    def _open(self, block: int) -> None:
+        """The block will be written again: nobody else may hold or match it."""
+        if self._references[block] - list(self._copies.values()).count(block) > 1:
+            raise ValueError("num_tokens: cuts into a block that another sequence holds")
+        self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        if block in self._prefix_of:
+            del self._index[self._prefix_of.pop(block)]
