@@ -169,7 +169,7 @@ class Mistake:
 MISTAKES: Final = {
     "q4_0_nibbles_swapped": Mistake("head", "q4_0", _blocks(lambda b: _swap_nibbles(b, 2))),
     "q4_0_zero_point": Mistake("head", "q4_0", _blocks(lambda b: np.copyto(b[..., 2:], b[..., 2:] ^ 0x88))),
-    "q4_0_scale_of_other_group": Mistake("linear_bias_residual", "q4_0", _blocks(lambda b: _roll_header(b, 2))),
+    "q4_0_scale_of_other_group": Mistake("llama_layers", "q4_0", _blocks(lambda b: _roll_header(b, 2))),
     "q4_0_scale_of_other_channel": Mistake("head", "q4_0", _blocks(_next_channel_scale)),
     "q4_1_minimum_sign": Mistake("head", "q4_1", _blocks(lambda b: _flip_sign(b, 3))),
     "q4_1_minimum_of_other_group": Mistake("llama_layers", "q4_1", _blocks(lambda b: _roll_header(b, 4))),
