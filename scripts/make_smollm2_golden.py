@@ -4,8 +4,8 @@ transformers dequantizes the GGUF file to float32 and runs it on torch. Runs in 
 
     PYTHONPATH=. python scripts/make_smollm2_golden.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
 
-Per prompt: `token_ids`, `logprobs` (of each token from the second on, given those before it) and `top_ids` (the most
-likely token after each token, the last included).
+Per prompt: `token_ids`, `logprobs` (of each token from the second on, given those before it), `top_ids` (the most
+likely token after each token, the last included) and `top_logprobs` (theirs).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def score(network: Any, token_ids: list[int]) -> dict[str, Any]:
         "token_ids": token_ids,
         "logprobs": [round(value, 5) for value in following.tolist()],
         "top_ids": logits.argmax(-1).tolist(),
+        "top_logprobs": [round(value, 5) for value in logprobs.max(-1).values.tolist()],
     }
 
 

@@ -1,0 +1,1 @@
+"""Tools beside the server: measuring, converting, judging. Each is a set of modules with a common prefix."""
