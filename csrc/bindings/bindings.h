@@ -40,6 +40,7 @@ const T* checked(const Array<T>& array, py::ssize_t size, const char* name) {
   return array.data();
 }
 
+void bind_block_pool(py::module_& module);
 void bind_core(py::module_& module);
 void bind_program(py::module_& module);
 

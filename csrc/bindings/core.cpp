@@ -1,6 +1,5 @@
-// Binds TensorView, BlockPool, ProgressCell and Philox.
+// Binds TensorView, ProgressCell and Philox.
 #include "bindings/bindings.h"
-#include "core/block_pool.h"
 #include "core/philox.h"
 #include "core/progress.h"
 #include "core/thread_pool.h"
@@ -34,18 +33,6 @@ void bind_core(py::module_& module) {
       .def_property_readonly("rows", [](const BoundTensor& t) { return t.view.rows; })
       .def_property_readonly("columns", [](const BoundTensor& t) { return t.view.columns; })
       .def_property_readonly("dtype", [](const BoundTensor& t) { return dtype_name(t.view.dtype); });
-
-  py::class_<BlockPool, std::shared_ptr<BlockPool>>(module, "BlockPool", "Block tables of the paged KV cache.")
-      .def(py::init<int32_t, int32_t>(), py::arg("num_blocks"), py::arg("block_size"))
-      .def("create", &BlockPool::create)
-      .def("reserve", &BlockPool::reserve, py::arg("handles"), py::arg("num_tokens"))
-      .def("truncate", &BlockPool::truncate, py::arg("handle"), py::arg("num_tokens"))
-      .def("release", &BlockPool::release, py::arg("handle"))
-      .def("table", &BlockPool::table, py::arg("handle"))
-      .def("check_integrity", &BlockPool::check_integrity)
-      .def_property_readonly("num_blocks", &BlockPool::num_blocks)
-      .def_property_readonly("num_free", &BlockPool::num_free)
-      .def_property_readonly("block_size", &BlockPool::block_size);
 
   py::class_<ProgressCell, std::shared_ptr<ProgressCell>>(module, "ProgressCell",
                                                           "Progress counter and abort flag shared by two processes.")

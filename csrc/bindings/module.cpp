@@ -3,6 +3,7 @@
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Kernels, block pool and compiled programs of llmserve.";
+  llmserve::bind_block_pool(module);
   llmserve::bind_core(module);
   llmserve::bind_program(module);
 }

@@ -228,6 +228,7 @@ void bind_builders(py::class_<Program>& program) {
           },
           py::arg("cosine"), py::arg("sine"), py::arg("rotary_dim"), py::arg("interleaved"), reference)
       .def("add_zero_blocks", [](Program& self) { self.add_node(std::make_unique<ZeroBlocksNode>()); })
+      .def("add_copy_blocks", [](Program& self) { self.add_node(std::make_unique<CopyBlocksNode>()); })
       .def("add_embed", &add_embed, py::arg("table"), py::arg("positions"), py::arg("factor"), py::arg("out"),
            py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
       .def("add_norm", &add_norm, py::arg("kind"), py::arg("x"), py::arg("out"), py::arg("weight"), py::arg("bias"),

@@ -36,6 +36,14 @@ class ZeroBlocksNode : public Node {
   void run(const Step& step, int64_t item, const Worker& worker) const override;
 };
 
+// Copies the partial blocks of forked sequences, after blocks are zeroed and before anything is written.
+class CopyBlocksNode : public Node {
+ public:
+  const char* kind() const override { return "copy_blocks"; }
+  int64_t num_items(const Step& step) const override;
+  void run(const Step& step, int64_t item, const Worker& worker) const override;
+};
+
 class EmbedNode : public Node {
  public:
   TensorView table;

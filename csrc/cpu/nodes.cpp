@@ -22,6 +22,18 @@ void ZeroBlocksNode::run(const Step& step, int64_t item, const Worker&) const {
   std::memset(place, 0, static_cast<size_t>(step.kv->block_stride()) * sizeof(uint16_t));
 }
 
+int64_t CopyBlocksNode::num_items(const Step& step) const {
+  return static_cast<int64_t>(step.copies.size()) * step.kv->num_layers;
+}
+
+void CopyBlocksNode::run(const Step& step, int64_t item, const Worker&) const {
+  const auto num_copies = static_cast<int64_t>(step.copies.size());
+  const BlockCopy copy = step.copies[static_cast<size_t>(item % num_copies)];
+  const int layer = static_cast<int>(item / num_copies);
+  std::memcpy(step.kv->at(layer, copy.target, 0), step.kv->at(layer, copy.source, 0),
+              static_cast<size_t>(step.kv->block_stride()) * sizeof(uint16_t));
+}
+
 void EmbedNode::run(const Step& step, int64_t item, const Worker& worker) const {
   const KernelTable& kernels = *worker.kernels;
   auto* row = reinterpret_cast<float*>(worker.scratch);

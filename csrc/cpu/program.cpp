@@ -109,6 +109,8 @@ void Program::check(const StepArrays& arrays) const {
 
 bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
   check(arrays);
+  if (blocks.num_blocks() != kv_.num_blocks || blocks.block_size() != kKvBlock)
+    throw std::invalid_argument("blocks: the block pool of another cache");
   step_.kv = &kv_;
   step_.prepare(arrays, blocks, limits_.max_position, std::max(1, kMaxQueryRows / heads_per_group_));
   if (scratch_.data() == nullptr) {
@@ -119,7 +121,9 @@ bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
   abort_after_.store(kNever, std::memory_order_relaxed);
   pool_.run(worker_entry, this);
   ++num_runs_;
-  return abort_after_.load(std::memory_order_relaxed) == kNever;
+  const bool finished = abort_after_.load(std::memory_order_relaxed) == kNever;
+  if (finished) blocks.finish_pending();
+  return finished;
 }
 
 void Program::worker_entry(void* context, int worker) { static_cast<Program*>(context)->walk(worker); }

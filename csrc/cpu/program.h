@@ -57,7 +57,8 @@ class Program {
   void set_query_heads_per_kv_head(int heads);
   void attach_progress(std::shared_ptr<ProgressCell> cell) { progress_ = std::move(cell); }
 
-  // Runs one step. Returns false when it was aborted half-way. Throws std::invalid_argument before anything ran.
+  // Runs one step, after what `blocks` has pending. Returns false when it was aborted half-way, throws
+  // std::invalid_argument before anything ran; either leaves `blocks` as it was, so that the step can be run again.
   bool run(const StepArrays& arrays, BlockPool& blocks);
 
   std::vector<NodeTime> take_times();

@@ -6,7 +6,7 @@
 
 namespace llmserve {
 
-void Step::prepare(const StepArrays& arrays, BlockPool& pool, int max_position, int tokens_per_chunk) {
+void Step::prepare(const StepArrays& arrays, const BlockPool& pool, int max_position, int tokens_per_chunk) {
   static_cast<StepArrays&>(*this) = arrays;
   tables.resize(static_cast<size_t>(num_seqs));
   slots.resize(static_cast<size_t>(num_tokens));
@@ -19,7 +19,8 @@ void Step::prepare(const StepArrays& arrays, BlockPool& pool, int max_position, 
       throw std::invalid_argument("logit_rows: a row is out of range");
   std::stable_sort(chunks.begin(), chunks.end(),
                    [](const QueryChunk& a, const QueryChunk& b) { return a.cost > b.cost; });
-  new_blocks = pool.take_new_blocks();
+  new_blocks = pool.new_blocks();
+  copies = pool.copies();
 }
 
 void Step::prepare_sequence(int seq, const BlockPool& pool, int max_position, int tokens_per_chunk) {

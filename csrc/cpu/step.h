@@ -71,10 +71,12 @@ struct Step : StepArrays {
   std::vector<Slot> slots;             // [num_tokens]
   std::vector<QueryChunk> chunks;      // longest first
   std::vector<int32_t> new_blocks;     // to be zeroed first
+  std::vector<BlockCopy> copies;       // to be done next
   const KvCache* kv = nullptr;
 
+  // What the pool has pending stays there, so that a step that is not finished loses nothing.
   // Throws std::invalid_argument where the arrays contradict each other or the block tables.
-  void prepare(const StepArrays& arrays, BlockPool& pool, int max_position, int tokens_per_chunk);
+  void prepare(const StepArrays& arrays, const BlockPool& pool, int max_position, int tokens_per_chunk);
 
  private:
   void prepare_sequence(int seq, const BlockPool& pool, int max_position, int tokens_per_chunk);

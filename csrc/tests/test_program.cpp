@@ -97,6 +97,7 @@ std::unique_ptr<Program> build(const Network& network, const char* isa, int num_
   const Values values = add_values(*program);
   program->reserve_weights(1 << 20);
   program->add_node(std::make_unique<ZeroBlocksNode>());
+  program->add_node(std::make_unique<CopyBlocksNode>());
   auto embed = std::make_unique<EmbedNode>();
   embed->table = network.embed.view();
   embed->out = *values.x;

@@ -72,7 +72,7 @@ class Compiler:
                 self._users[value.producer].append(op)
         for op in self.ops:
             self._mark(op)
-        self.nodes.append(n.ZeroBlocksNode())
+        self.nodes += [n.ZeroBlocksNode(), n.CopyBlocksNode()]
         for op in self.ops:
             if op not in self._fused:
                 self._lower(op)

@@ -45,14 +45,18 @@ class CpuExecutor:
         except MemoryError as error:
             need = self.kv_bytes_per_block() * num_blocks
             raise OutOfMemory(f"a KV cache of {num_blocks} blocks ({need} bytes) does not fit into memory") from error
-        self.block_pool = _C.BlockPool(num_blocks, BLOCK_SIZE)
+        self.block_pool = _C.BlockPool(num_blocks, BLOCK_SIZE, int.from_bytes(os.urandom(16)))
 
     def attach_progress(self, cell: _C.ProgressCell) -> None:
         """Let the program count nodes in `cell` and obey its abort flag."""
         self.program.attach_progress(cell)
 
     def launch(self, step: StepInput) -> None:
-        """Run the step in line. Raises `ValueError` for contradicting arrays, `InterruptedError` when aborted."""
+        """Run the step in line, after the copies and the zeroing that the block pool has pending.
+
+        Raises `ValueError` for contradicting arrays, `InterruptedError` when aborted; what was pending is then pending
+        still, and the step can be run again.
+        """
         assert self.block_pool is not None, "allocate_kv comes first"
         num_rows = len(step.logit_rows)
         num_top = max(0, int(step.num_logprobs.max(initial=0)))

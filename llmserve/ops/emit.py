@@ -65,6 +65,8 @@ class Emitter:
         match node:
             case n.ZeroBlocksNode():
                 program.add_zero_blocks()
+            case n.CopyBlocksNode():
+                program.add_copy_blocks()
             case n.EmbedNode():
                 positions = None if node.positions is None else tensor_view(node.positions)
                 program.add_embed(tensor_view(node.table), positions, node.factor, out)

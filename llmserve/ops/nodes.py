@@ -70,6 +70,11 @@ class ZeroBlocksNode(Node):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
+class CopyBlocksNode(Node):
+    pass
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class EmbedNode(Node):
     table: CheckpointTensor
     positions: CheckpointTensor | None

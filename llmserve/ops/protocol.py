@@ -84,6 +84,9 @@ class StepInput:
 
     Shapes: T tokens, S sequences, R rows that need logits. `block_tables` holds the block pool's handles.
     Sampling arrays have one entry per logit row. `targets[r] >= 0` scores that token instead of sampling.
+
+    Block copies are no part of it: the executor takes them from its block pool at `launch`, and executes them before
+    it writes anything of the step. A step that did not finish leaves them, or has done them.
     """
 
     token_ids: NDArray[np.int32]  # [T]

@@ -6,6 +6,7 @@ kept in float32; nothing is fused, so each value is what the model file says, in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -40,6 +41,9 @@ class BlockTables(Protocol):
 
     def table(self, handle: int) -> Sequence[int]:
         """Blocks of a sequence in the order of positions."""
+
+    def take_copies(self) -> Sequence[tuple[int, int]]:
+        """(source, destination) blocks to be copied before the step writes anything."""
 
 
 @dataclass(slots=True)
@@ -248,8 +252,17 @@ class ReferenceExecutor:
         return np.asarray(self._forward(StepOps(step, self._state)), np.float32)
 
     def launch(self, step: StepInput) -> None:
-        """Compute the step in line."""
+        """Compute the step in line, after the block copies that the pool has pending."""
+        self._copy_blocks()
         self._output = sample_step(self.run(step), step)
+
+    def _copy_blocks(self) -> None:
+        assert self.block_pool is not None, "allocate_kv comes first"
+        size = self._config.block_size
+        for source, target in self.block_pool.take_copies():
+            for cache in self._state.caches.values():
+                for rows in (cache.k, cache.v):
+                    rows[target * size : (target + 1) * size] = rows[source * size : (source + 1) * size]
 
     def collect(self) -> StepOutput:
         """The output of the step launched last."""
@@ -280,5 +293,5 @@ def _block_pool(num_blocks: int, block_size: int) -> BlockTables:
         from llmserve._C import BlockPool
     except ModuleNotFoundError as error:
         raise ExtensionNotBuilt("the compiled extension llmserve._C is missing; build it with: make build") from error
-    pool: BlockTables = BlockPool(num_blocks, block_size)
+    pool: BlockTables = BlockPool(num_blocks, block_size, int.from_bytes(os.urandom(16)))
     return pool

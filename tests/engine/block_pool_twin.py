@@ -58,9 +58,10 @@ class BlockPoolTwin:
         return self._insert(Table())
 
     def reserve(self, handles: Sequence[int], num_tokens: Sequence[int]) -> int:
-        for count, (handle, tokens) in enumerate(zip(handles, num_tokens, strict=True)):
-            table = self._find(handle)
-            num_missing = max(0, self._num_blocks_of(tokens) - len(table.blocks))
+        tables = [self._find(handle) for handle in handles]
+        needed = [self._num_blocks_of(tokens) for tokens in num_tokens]
+        for count, (table, num_blocks) in enumerate(zip(tables, needed, strict=True)):
+            num_missing = max(0, num_blocks - len(table.blocks))
             if num_missing > self.num_free:
                 return count
             table.blocks += [self._allocate() for _ in range(num_missing)]
@@ -74,13 +75,14 @@ class BlockPoolTwin:
         num_tokens: Sequence[int],
         reads_cache: Sequence[bool],
     ) -> list[int]:
-        if any(self._find(handle).blocks for handle in handles):
+        if any(self._find(handle).blocks for handle in handles) or len({*handles}) < len(handles):
             raise ValueError("handles: only empty tables can be admitted")
+        needed = [self._num_blocks_of(tokens) for tokens in num_tokens]
         num_cached = []
-        for handle, ids, salt, tokens, reads in zip(handles, token_ids, salts, num_tokens, reads_cache, strict=True):
+        for handle, ids, salt, num_blocks, reads in zip(handles, token_ids, salts, needed, reads_cache, strict=True):
             prefixes = self._match(list(ids), salt) if reads else []
             matched = [self._index[prefix] for prefix in prefixes]
-            num_missing = max(0, self._num_blocks_of(tokens) - len(matched))
+            num_missing = max(0, num_blocks - len(matched))
             if num_missing > self.num_free - sum(block in self._evictable for block in matched):
                 break
             for block in matched:
@@ -104,9 +106,10 @@ class BlockPoolTwin:
         for number in range(len(table.prefixes), num_full):
             prefix = (table.salt, tuple(ids[: (number + 1) * self.block_size]))
             table.prefixes.append(prefix)
-            if prefix not in self._index:
-                self._index[prefix] = table.blocks[number]
-                self._prefix_of[table.blocks[number]] = prefix
+            block = table.blocks[number]
+            if prefix not in self._index and block not in self._prefix_of:
+                self._index[prefix] = block
+                self._prefix_of[block] = prefix
 
     def fork(self, handle: int, num_tokens: int) -> int:
         table = self._find(handle)

@@ -1,61 +1,342 @@
-"""The compiled block pool against its Python twin."""
+"""The compiled block pool against its Python twin, and what its blocks hold against what they should."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.engine.block_pool_twin import BlockPoolTwin
 
 extension = pytest.importorskip("llmserve._C", reason="the extension is not built")
 
-OPERATIONS = st.lists(
-    st.one_of(
-        st.tuples(st.just("create"), st.none()),
-        st.tuples(st.just("release"), st.integers(0, 30)),
-        st.tuples(st.just("truncate"), st.tuples(st.integers(0, 30), st.integers(0, 60))),
-        st.tuples(st.just("reserve"), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 60)), max_size=5)),
-    ),
-    max_size=60,
-)
+TEXTS = st.lists(st.integers(0, 1), min_size=1, max_size=24)
+SALTS = st.integers(0, 1)
+SIZES = st.integers(0, 30)
+PICKS = st.integers(0, 1000)
 
 
-@settings(max_examples=200, deadline=None)
-@given(num_blocks=st.integers(1, 20), block_size=st.sampled_from([1, 4, 16]), operations=OPERATIONS)
-def test_equals_its_twin(num_blocks: int, block_size: int, operations: list[tuple[str, object]]) -> None:
-    pool, twin = extension.BlockPool(num_blocks, block_size), BlockPoolTwin(num_blocks, block_size)
-    handles: list[tuple[int, int]] = []
-    for verb, argument in operations:
-        if verb == "create":
-            handles.append((pool.create(), twin.create()))
-        elif verb == "release" and handles:
-            assert isinstance(argument, int)
-            real, mirrored = handles.pop(argument % len(handles))
-            pool.release(real)
-            twin.release(mirrored)
-        elif verb == "truncate" and handles:
-            assert isinstance(argument, tuple)
-            real, mirrored = handles[argument[0] % len(handles)]
-            pool.truncate(real, argument[1])
-            twin.truncate(mirrored, argument[1])
-        elif verb == "reserve" and handles:
-            assert isinstance(argument, list)
-            chosen = {index % len(handles): tokens for index, tokens in argument}
-            tokens = list(chosen.values())
-            count = pool.reserve([handles[index][0] for index in chosen], tokens)
-            assert count == twin.reserve([handles[index][1] for index in chosen], tokens)
-        pool.check_integrity()
-        assert pool.num_free == twin.num_free
-        tables = [(pool.table(real), twin.table(mirrored)) for real, mirrored in handles]
-        assert [len(table) for table, _ in tables] == [len(mirrored) for _, mirrored in tables]
-        held = [block for table, _ in tables for block in table]
-        assert len(set(held)) == len(held)
+@dataclass(slots=True)
+class Reader:
+    """A sequence as the engine sees it."""
+
+    salt: int
+    token_ids: list[int]
+    num_computed: int = 0
+
+
+@dataclass(slots=True)
+class Memory:
+    """What the executor has written: a slot holds the salt and the whole prefix that its key and value depend on."""
+
+    block_size: int
+    slots: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+
+    def zero(self, block: int) -> None:
+        for offset in range(self.block_size):
+            self.slots.pop((block, offset), None)
+
+    def copy(self, source: int, target: int) -> None:
+        self.zero(target)
+        for offset in range(self.block_size):
+            if (source, offset) in self.slots:
+                self.slots[target, offset] = self.slots[source, offset]
+
+    def write(self, table: list[int], reader: Reader, end: int) -> None:
+        for position in range(reader.num_computed, end):
+            block, offset = divmod(position, self.block_size)
+            self.slots[table[block], offset] = (reader.salt, *reader.token_ids[: position + 1])
+
+    def check(self, table: list[int], reader: Reader) -> None:
+        for position in range(reader.num_computed):
+            block, offset = divmod(position, self.block_size)
+            assert self.slots[table[block], offset] == (reader.salt, *reader.token_ids[: position + 1])
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """An engine without a model: sequences come, compute, fork, are cut, and leave."""
+
+    @initialize(num_blocks=st.integers(1, 14), block_size=st.sampled_from([1, 2, 3, 4]))
+    def begin(self, num_blocks: int, block_size: int) -> None:
+        self.pool = extension.BlockPool(num_blocks, block_size, 2**127 + 5)
+        self.twin = BlockPoolTwin(num_blocks, block_size)
+        self.memory = Memory(block_size)
+        self.readers: dict[int, Reader] = {}
+
+    def both(self, call: Callable[[BlockPoolTwin], object]) -> object:
+        """The same call on both pools must have the same outcome."""
+        outcomes: list[object] = []
+        for pool in (self.pool, self.twin):
+            try:
+                outcomes.append(call(pool))
+            except (ValueError, MemoryError) as error:
+                outcomes.append(type(error))
+        assert outcomes[0] == outcomes[1]
+        return outcomes[0]
+
+    def pick(self, number: int) -> int:
+        return sorted(self.readers)[number % len(self.readers)]
+
+    @rule(texts=st.lists(st.tuples(TEXTS, SALTS, st.booleans()), min_size=1, max_size=3), more=st.integers(0, 3))
+    def admit(self, texts: list[tuple[list[int], int, bool]], more: int) -> None:
+        handles = [self.both(lambda pool: pool.create()) for _ in texts]
+        ids, salts, reads = zip(*texts, strict=True)
+        sizes = [len(text) + more for text in ids]
+        num_cached = self.both(lambda pool: pool.admit(handles, ids, salts, sizes, reads))  # type: ignore[arg-type]
+        assert isinstance(num_cached, list)
+        for index, handle in enumerate(handles):
+            assert isinstance(handle, int)
+            if index >= len(num_cached):
+                self.both(lambda pool, handle=handle: pool.release(handle))  # type: ignore[misc]
+                continue
+            assert num_cached[index] < len(ids[index])
+            assert reads[index] or num_cached[index] == 0
+            self.readers[handle] = Reader(salts[index], [*ids[index], *[0] * more], num_cached[index])
+
+    @rule(text=TEXTS, salt=SALTS)
+    def match(self, text: list[int], salt: int) -> None:
+        self.both(lambda pool: pool.match(text, salt))
+
+    @precondition(lambda self: self.readers)
+    @rule(picks=st.lists(st.tuples(PICKS, st.integers(1, 9)), min_size=1, max_size=3))
+    def step(self, picks: list[tuple[int, int]]) -> None:
+        """Reserve, compute and commit a few tokens of some sequences."""
+        chosen = {self.pick(number): size for number, size in picks}
+        ends = {handle: self.readers[handle].num_computed + size for handle, size in chosen.items()}
+        fitting = self.both(lambda pool: pool.reserve(list(ends), list(ends.values())))
+        assert isinstance(fitting, int)
+        self.execute_pending()
+        for handle in list(ends)[:fitting]:
+            reader = self.readers[handle]
+            reader.token_ids += [1] * (ends[handle] - len(reader.token_ids))
+            self.memory.write(self.twin.table(handle), reader, ends[handle])
+        for handle in list(ends)[:fitting]:
+            reader = self.readers[handle]
+            reader.num_computed = ends[handle]
+            array = np.array(reader.token_ids, np.int32)
+            self.pool.commit(handle, array if handle % 2 else reader.token_ids, reader.num_computed)
+            self.twin.commit(handle, reader.token_ids, reader.num_computed)
+
+    def execute_pending(self) -> None:
+        new = self.twin.take_new_blocks()
+        assert sorted(self.pool.take_new_blocks()) == new
+        copies = self.both(lambda pool: pool.take_copies())
+        assert isinstance(copies, list)
+        assert not {source for source, _ in copies} & {target for _, target in copies}
+        assert not {target for _, target in copies} & {*new}
+        for block in new:
+            self.memory.zero(block)
+        for source, target in copies:
+            self.memory.copy(source, target)
+
+    @precondition(lambda self: self.readers)
+    @rule(number=PICKS, share=st.integers(0, 30), text=TEXTS)
+    def fork(self, number: int, share: int, text: list[int]) -> None:
+        parent = self.pick(number)
+        reader = self.readers[parent]
+        num_tokens = reader.num_computed - share % (reader.num_computed + 1)
+        child = self.both(lambda pool: pool.fork(parent, num_tokens))
+        if isinstance(child, int):
+            self.readers[child] = Reader(reader.salt, [*reader.token_ids[:num_tokens], *text], num_tokens)
+
+    @precondition(lambda self: self.readers)
+    @rule(number=PICKS, kept=SIZES, text=TEXTS)
+    def truncate(self, number: int, kept: int, text: list[int]) -> None:
+        """Refused or done, other sequences keep what they have; the cut one goes on with another text."""
+        handle = self.pick(number)
+        reader = self.readers[handle]
+        if self.both(lambda pool: pool.truncate(handle, kept)) is None:
+            reader.num_computed = min(kept, reader.num_computed)
+            reader.token_ids = [*reader.token_ids[: reader.num_computed], *text]
+
+    @precondition(lambda self: self.readers)
+    @rule(number=PICKS)
+    def release(self, number: int) -> None:
+        handle = self.pick(number)
+        self.both(lambda pool: pool.release(handle))
+        del self.readers[handle]
+
+    @precondition(lambda self: self.readers)
+    @rule(number=PICKS, size=st.integers(-1, 60))
+    def commit_anything(self, number: int, size: int) -> None:
+        """Too much is refused; what is not computed yet must not be committed, so stop there."""
+        handle = self.pick(number)
+        reader = self.readers[handle]
+        if (
+            not reader.num_computed
+            < size
+            <= min(len(reader.token_ids), len(self.twin.table(handle)) * self.twin.block_size)
+        ):
+            self.both(lambda pool: pool.commit(handle, reader.token_ids, size))
+
+    @rule(size=st.integers(-1, 40), handle=st.integers(-1, 60))
+    def call_with_nonsense(self, size: int, handle: int) -> None:
+        if handle not in self.readers:
+            self.both(lambda pool: pool.fork(handle, size))
+            self.both(lambda pool: pool.reserve([*self.readers, handle], [size] * (len(self.readers) + 1)))
+            self.both(lambda pool: pool.admit([handle], [[0]], [0], [size], [True]))
+        elif size < 0:
+            self.both(lambda pool: pool.truncate(handle, size))
+            self.both(lambda pool: pool.fork(handle, size))
+        elif self.twin.table(handle):
+            self.both(lambda pool: pool.admit([handle], [[0]], [0], [size], [True]))
+
+    @precondition(lambda self: self.readers and len(self.readers) > 2)
+    @rule()
+    def reset_cache(self) -> None:
+        self.both(lambda pool: pool.reset_cache())
+        assert self.pool.num_cached == 0
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check_integrity()
+        self.twin.check_integrity()
+        assert (self.pool.num_free, self.pool.num_cached) == (self.twin.num_free, self.twin.num_cached)
+        for handle in self.readers:
+            assert self.pool.table(handle) == self.twin.table(handle)
+
+    @invariant()
+    def blocks_hold_what_they_should(self) -> None:
+        """Nothing that a sequence relies on was overwritten, whoever else shared it. Pending copies count as done."""
+        if not hasattr(self, "pool"):
+            return
+        pending = dict(self.twin._copies)
+        for handle, reader in self.readers.items():
+            table = [pending.get(block, block) for block in self.twin.table(handle)]
+            self.memory.check(table, reader)
+
+    def teardown(self) -> None:
+        """All that sequences held comes back."""
+        if hasattr(self, "pool"):
+            while self.readers:
+                self.release(0)
+            self.agrees()
+            assert self.pool.num_free == self.pool.num_blocks
+
+
+TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 def test_refuses_unknown_handles() -> None:
     pool = extension.BlockPool(4, 4)
     handle = pool.create()
     pool.release(handle)
-    with pytest.raises((ValueError, RuntimeError, IndexError)):
+    for call in (pool.release, pool.table):
+        with pytest.raises(ValueError, match="unknown sequence"):
+            call(handle)
+
+
+def test_refuses_what_are_no_tokens_before_anything_changed() -> None:
+    pool = extension.BlockPool(4, 4)
+    handles = [pool.create(), pool.create()]
+    for bad, error in (("x", TypeError), (2**40, ValueError)):
+        with pytest.raises(error):
+            pool.admit(handles, [[1, 2], [1, bad]], [0, 0], [2, 2], [True, True])
+        assert [pool.table(handle) for handle in handles] == [[], []]
+
+
+def test_a_table_stands_once_in_an_admission() -> None:
+    pool = extension.BlockPool(4, 4)
+    handle = pool.create()
+    with pytest.raises(ValueError, match="empty tables"):
+        pool.admit([handle, handle], [[1], [1]], [0, 0], [1, 1], [True, True])
+    with pytest.raises(ValueError, match="one entry per handle"):
+        pool.admit([handle], [[1]], [0], [1], [])
+    assert pool.num_free == 4
+
+
+def test_a_full_hit_leaves_a_token_to_compute() -> None:
+    pool = extension.BlockPool(8, 4)
+    first, second = pool.create(), pool.create()
+    text = list(range(8))
+    assert pool.admit([first], [text], [0], [8], [True]) == [0]
+    pool.commit(first, text, 8)
+    assert pool.match(text, 0) == 4
+    assert pool.match([*text, 9], 0) == 8
+    assert pool.admit([second], [text], [0], [8], [True]) == [4]
+    assert pool.table(second)[0] == pool.table(first)[0]
+    assert pool.table(second)[1] != pool.table(first)[1]
+    pool.commit(second, text, 8)
+    assert pool.num_cached == 2, "the second block of the second sequence stays private"
+
+
+def test_salts_and_partial_blocks_are_not_shared() -> None:
+    pool = extension.BlockPool(8, 4)
+    handle, text = pool.create(), [1, 2, 3, 4, 5, 6, 7]
+    pool.admit([handle], [text], [7], [7], [True])
+    pool.commit(handle, text, 7)
+    assert pool.num_cached == 1
+    assert pool.match([*text, 8, 9], 7) == 4
+    assert pool.match([*text, 8, 9], 8) == 0
+    assert pool.match([2, *text[1:]], 7) == 0
+
+
+def test_admission_may_evict_what_a_later_one_would_have_matched_but_not_what_it_matched() -> None:
+    pool = extension.BlockPool(4, 2)
+    texts = ([1, 1, 1], [2, 2, 2])
+    for text in texts:
+        handle = pool.create()
+        pool.admit([handle], [text], [0], [3], [True])
+        pool.commit(handle, text, 3)
         pool.release(handle)
+    assert [pool.match(text, 0) for text in texts] == [2, 2]
+    first, second = pool.create(), pool.create()
+    # The first matches its block (older) and needs three more: the second's block must go, and then it does not fit.
+    assert pool.admit([first, second], [[1, 1, *[3] * 5], texts[1]], [0, 0], [7, 3], [True, True]) == [2]
+    assert pool.match(texts[1], 0) == 0
+    assert pool.table(second) == []
+    pool.check_integrity()
+
+
+def test_the_block_touched_last_is_evicted_last() -> None:
+    pool = extension.BlockPool(3, 2)
+    for token in (1, 2, 3):
+        handle = pool.create()
+        pool.admit([handle], [[token] * 2], [0], [2], [True])
+        pool.commit(handle, [token] * 2, 2)
+        pool.release(handle)
+    handle = pool.create()
+    assert pool.admit([handle], [[1] * 3], [0], [2], [True]) == [2]  # touches the oldest
+    pool.release(handle)
+    pool.reserve([pool.create()], [2])
+    assert [pool.match([token] * 3, 0) for token in (1, 2, 3)] == [2, 0, 2]
+
+
+def test_a_reset_forgets_also_what_running_sequences_will_compute() -> None:
+    pool = extension.BlockPool(8, 2)
+    handle = pool.create()
+    pool.admit([handle], [[1, 1, 1, 1]], [0], [4], [True])
+    pool.commit(handle, [1, 1, 1, 1], 2)
+    pool.reset_cache()
+    pool.commit(handle, [1, 1, 1, 1], 4)
+    assert pool.num_cached == 0
+    assert pool.match([1] * 5, 0) == 0
+
+
+def test_the_hash_depends_on_the_key_of_the_deployment() -> None:
+    with pytest.raises(OverflowError):
+        extension.BlockPool(4, 4, 2**128)
+    with pytest.raises(OverflowError):
+        extension.BlockPool(4, 4, -1)
+
+
+def test_an_aborted_copy_keeps_its_source_until_it_is_taken() -> None:
+    pool = extension.BlockPool(3, 4)
+    parent = pool.create()
+    pool.admit([parent], [[1] * 6], [0], [6], [True])
+    source = pool.table(parent)[1]
+    child = pool.fork(parent, 6)
+    pool.release(parent)
+    assert pool.num_free == 0
+    with pytest.raises(MemoryError):
+        pool.fork(child, 5)
+    assert pool.take_copies() == [(source, pool.table(child)[1])]
+    assert pool.num_free == 1

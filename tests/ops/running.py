@@ -30,6 +30,9 @@ class ScatteredBlocks:
     def table(self, handle: int) -> Sequence[int]:
         return [self._num_sequences * (self._length - 1 - index) + handle for index in range(self._length)]
 
+    def take_copies(self) -> list[tuple[int, int]]:
+        return []
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
