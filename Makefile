@@ -76,7 +76,7 @@ serve: build ## serve MODEL over OpenAI-compatible HTTP on HOST:PORT
 
 .PHONY: demo
 demo: build ## from nothing to one streamed answer of MODEL to PROMPT
-	@$(BIN)/llmserve chat $(MODEL) --prompt "$(PROMPT)"
+	@$(BIN)/llmserve chat $(MODEL) --prompt "$(PROMPT)" --temperature 0
 
 # --- test ------------------------------------------------------------------------------------------------------------
 

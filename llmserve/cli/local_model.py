@@ -70,6 +70,7 @@ class LocalModel:
 
     async def _wait_until_ready(self) -> None:
         """An engine that died is started again by its client; a person can wait for that."""
+        await asyncio.sleep(0)  # lets the client notice what happened while the loop did not run
         while self.served.client.state == "restarting":  # noqa: ASYNC110 - the client has no event for it
             await asyncio.sleep(_POLL_S)
 

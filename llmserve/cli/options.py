@@ -100,10 +100,22 @@ def engine_config(
     )
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to what `sys.stderr` is at the time: a progress bar puts itself there to keep lines apart from it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # nobody reads it any more
+            self.handleError(record)
+
+
 def configure_logging(level: LogLevel) -> None:
     """Log to stderr, one line an event."""
     logging.basicConfig(
-        level=level.value.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+        level=level.value.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        handlers=[_StderrHandler()],
     )
     if level is not LogLevel.DEBUG:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
