@@ -82,6 +82,15 @@ class EngineConfig:
     """0: the checkpoint's own, shortened to what the KV cache can hold."""
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 512
+    max_num_waiting: int = 0
+    """Sequences that may wait for a place; more are refused as overload. 0: any number."""
+    itl_target_ms: float = 50.0
+    """Time between the tokens of running streams while prompts are computed beside them; it sizes the chunks of
+    prompts. 0: no target, whole steps go to prompts."""
+    priority_ageing_s: float = 10.0
+    """Waiting time that counts as much as one priority; 0: priorities are strict."""
+    enable_prefix_cache: bool = True
+    """Keep the blocks of ended sequences for prompts that begin alike."""
     block_size: int = 16
     kv_cache_bytes: int = 0
     """0: sized from the free memory."""

@@ -100,6 +100,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The token that ended the sequence with `stop`."""
     error: str | None = None
     """One line, only with `finish_reason == "error"`."""
+    error_kind: str = ""
+    """The class of `errors` it belongs to; empty: `EngineFault`."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +120,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     isa: str
     num_threads: int
     load_s: float
+    max_num_waiting: int = 0
+    """Sequences that may wait; 0: any number."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmserve.engine.scheduler import Chunk, Plan
+from llmserve.engine.plan import Chunk, Plan
 from llmserve.engine.sequence import Sequence
 from llmserve.ops.protocol import StepInput
 
@@ -101,7 +101,7 @@ def _build_chunk(chunk: Chunk) -> StepInput:
     end = start + chunk.num_tokens
     first_score = max(start, seq.num_scored)
     scored = np.arange(first_score, first_score + chunk.num_score_rows, dtype=np.int32)
-    targets = seq.token_ids[first_score + 1 : first_score + 1 + chunk.num_score_rows]
+    targets = seq.token_ids[first_score + 1 : first_score + 1 + chunk.num_score_rows].tolist()
     logit_positions = np.append(scored, np.int32(end - 1)) if chunk.samples else scored
     rows = np.array([seq.sampling_row] * len(logit_positions), dtype=_SAMPLING)
     rows["num_logprobs"][: len(scored)] = seq.sampling.num_prompt_logprobs or 0

@@ -1,7 +1,8 @@
 """The engine: requests in, outputs out, one synchronous step at a time.
 
 Invariants: every request that `submit` took ends in exactly one output with a `finish_reason`, whatever happens to
-its step; an ended sequence holds no block; no request can stop the loop. Not thread-safe: one thread owns an engine.
+its step; an ended sequence holds no block; no request can stop the loop, and one that makes a step fail fails alone; a
+request past its deadline ends before the next step. Not thread-safe: one thread owns an engine.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from typing import Any
 import msgspec
 
 from llmserve.engine.admission import AdmissionLimits, refusal
+from llmserve.engine.cache_salt import CacheSalts
+from llmserve.engine.collector import Collector
+from llmserve.engine.deadlines import Deadlines
+from llmserve.engine.forks import shares_prompt
+from llmserve.engine.isolation import attempt, run_apart
 from llmserve.engine.kv_cache import KVCacheManager, PagedExecutor
+from llmserve.engine.plan import Plan
 from llmserve.engine.runner import ModelRunner, StepResult
-from llmserve.engine.scheduler import Chunk, Plan, Scheduler, SchedulerConfig
+from llmserve.engine.scheduler import Scheduler, SchedulerConfig
 from llmserve.engine.sequence import Sequence
-from llmserve.errors import EngineFault, InvalidRequest
+from llmserve.errors import EngineFault, InvalidRequest, LLMServeError, Overloaded
 from llmserve.types import EngineInfo, EngineStats, FinishReason, Output, Request
 
 _log = logging.getLogger(__name__)
@@ -27,21 +34,31 @@ _log = logging.getLogger(__name__)
 class Engine:
     """Continuous batching over one executor whose KV cache has been allocated."""
 
-    def __init__(self, executor: PagedExecutor, config: SchedulerConfig, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        executor: PagedExecutor,
+        config: SchedulerConfig,
+        info: EngineInfo,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.info = info
+        self._clock = clock
         self._executor = executor
-        self._kv_cache = KVCacheManager(executor.block_pool)
+        self._kv_cache = KVCacheManager(executor.block_pool, shares_prefixes=config.enable_prefix_cache)
         self._scheduler = Scheduler(config, self._kv_cache)
         self._runner = ModelRunner(executor)
+        self._collector = Collector()
+        self._deadlines = Deadlines()
+        self._salts = CacheSalts()
         self._limits = AdmissionLimits(
             vocab_size=info.vocab_size,
             max_model_len=min(info.max_model_len, self._kv_cache.capacity_tokens),
         )
         self._sequences: dict[str, Sequence] = {}
         self._pending: list[Output] = []
+        self._num_accepted = 0
         self._num_steps = 0
-        self._num_prompt_tokens = 0
-        self._num_generation_tokens = 0
         self._last_step_tokens = 0
         self._last_step_s = 0.0
 
@@ -51,7 +68,7 @@ class Engine:
         return bool(self._pending) or self._scheduler.has_work
 
     def submit(self, request: Request) -> None:
-        """Take a request; one that can never be served ends with `error` at the next step.
+        """Take a request; one that can never be served, or finds the queue full, ends with `error` at the next step.
 
         Raises `InvalidRequest`, and does not take the request, when its id is in use.
         """
@@ -59,11 +76,11 @@ class Engine:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
         reason = refusal(request, self._limits)
         if reason is not None:
-            self._pending.append(Output(request_id=request.request_id, finish_reason="error", error=reason))
-            return
-        seq = Sequence.of(request, max_model_len=self._limits.max_model_len)
-        self._sequences[seq.request_id] = seq
-        self._scheduler.add(seq)
+            self._refuse(request, reason, InvalidRequest)
+        elif self._scheduler.is_full:
+            self._refuse(request, f"{self._scheduler.num_waiting} requests are waiting already", Overloaded)
+        else:
+            self._accept(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End these requests with `abort` at the next step; unknown and ended ids are ignored."""
@@ -76,10 +93,12 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Plan, launch, collect. Returns the outputs since the last call; blocks while the executor computes."""
-        started = time.perf_counter()
         outputs, self._pending = self._pending, []
+        now_s = self._clock()
+        outputs += self._end(self._deadlines.take_expired(now_s), "deadline")
         if self._scheduler.has_work:
-            plan = self._scheduler.plan()
+            started = time.perf_counter()
+            plan = self._scheduler.plan(now_s)
             self._last_step_tokens = plan.num_tokens
             outputs += self._run(plan)
             self._num_steps += 1
@@ -90,13 +109,15 @@ class Engine:
         """Gauges now and totals since the start."""
         return EngineStats(
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=self._scheduler.num_waiting,
             num_blocks_used=self._kv_cache.num_used,
             num_blocks=self._kv_cache.num_blocks,
             num_steps=self._num_steps,
             num_preemptions=self._scheduler.num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generation_tokens=self._num_generation_tokens,
+            num_cache_queries=self._scheduler.num_cache_queries,
+            num_cache_hits=self._scheduler.num_cache_hits,
+            num_prompt_tokens=self._collector.num_prompt_tokens,
+            num_generation_tokens=self._collector.num_generation_tokens,
             last_step_tokens=self._last_step_tokens,
             last_step_s=self._last_step_s,
         )
@@ -130,78 +151,69 @@ class Engine:
             raise EngineFault(str(error)) from error
         return {"num_blocks_used": self._kv_cache.num_used}
 
+    def _refuse(self, request: Request, reason: str, kind: type[LLMServeError]) -> None:
+        self._pending.append(
+            Output(request_id=request.request_id, finish_reason="error", error=reason, error_kind=kind.__name__)
+        )
+
+    def _accept(self, request: Request) -> None:
+        seq = Sequence.of(
+            request,
+            self._scheduler.fair_share.enter(request.tenant),
+            max_model_len=self._limits.max_model_len,
+            order=self._num_accepted,
+            now_s=self._clock(),
+            cache_salt=self._salts.of(request),
+        )
+        parent = self._sequences.get(request.parent_id) if request.parent_id is not None else None
+        if parent is not None and shares_prompt(seq, parent):
+            seq.parent = parent
+        self._num_accepted += 1
+        self._sequences[seq.request_id] = seq
+        self._scheduler.add(seq)
+        self._deadlines.watch(seq)
+
     def _run(self, plan: Plan) -> list[Output]:
-        try:
-            self._runner.launch(plan)
-            result = self._runner.collect()
-        except Exception as error:  # noqa: BLE001  # the step is lost, the loop is not
-            _log.exception("step failed num_sequences=%d", len(plan.sequences()))
-            message = f"the engine failed on this step: {type(error).__name__}: {error}"
-            return self._end(plan.sequences(), "error", error=" ".join(message.split()))
-        return self._apply(plan, result)
+        started = time.perf_counter()
+        outcome = attempt(plan, self._runner.run)
+        if isinstance(outcome, Exception):
+            return self._recover(plan, outcome)
+        seconds = time.perf_counter() - started
+        self._scheduler.step_times.observe(len(plan.decodes), plan.num_chunk_tokens, seconds)
+        return self._apply(plan, outcome)
+
+    def _recover(self, plan: Plan, error: Exception) -> list[Output]:
+        """A step was lost: nothing in it has advanced. An aborted one is planned again; a failed one is taken apart."""
+        if isinstance(error, InterruptedError):
+            return []
+        _log.error("step failed num_sequences=%d", plan.num_sequences, exc_info=error)
+        outputs: list[Output] = []
+        for part, outcome in run_apart(plan, error, self._runner.run):
+            if isinstance(outcome, StepResult):
+                outputs += self._apply(part, outcome)
+            elif not isinstance(outcome, InterruptedError):
+                message = f"the engine failed on this request: {type(outcome).__name__}: {outcome}"
+                outputs += self._end(part.sequences(), "error", error=" ".join(message.split()))
+        return outputs
 
     def _apply(self, plan: Plan, result: StepResult) -> list[Output]:
-        outputs: list[Output] = []
-        ended: list[Sequence] = []
-        row = 0
-        for seq in plan.decodes:
-            seq.num_computed_tokens += 1
-            output = self._take_token(seq, result, row)
-            row += 1
-            outputs.append(output)
-            if output.finish_reason is not None:
-                ended.append(seq)
+        outputs, ended = self._collector.apply(plan, result)
         for chunk in plan.chunks:
-            chunk_output = self._apply_chunk(chunk, result, row)
-            row += chunk.num_score_rows + chunk.samples
-            if chunk_output is not None:
-                outputs.append(chunk_output)
-                if chunk_output.finish_reason is not None:
-                    ended.append(chunk.seq)
+            self._kv_cache.commit(chunk.seq)
         if ended:
             self._forget(ended)
         return outputs
 
-    def _apply_chunk(self, chunk: Chunk, result: StepResult, row: int) -> Output | None:
-        """Advance a sequence by a chunk whose first logit row is `row`; None while its prompt is unfinished."""
-        seq = chunk.seq
-        if chunk.num_score_rows:
-            scores, num_top = seq.prompt_logprobs, seq.sampling.num_prompt_logprobs or 0
-            assert scores is not None
-            scores += [result.logprob(row + i, num_top) for i in range(chunk.num_score_rows)]
-            seq.num_scored += chunk.num_score_rows
-        seq.num_computed_tokens += chunk.num_tokens
-        if seq.num_computed_tokens == seq.num_prompt_tokens == seq.num_tokens:  # once, also after a preemption
-            self._num_prompt_tokens += seq.num_prompt_tokens
-        if chunk.samples:
-            return self._take_token(seq, result, row + chunk.num_score_rows)
-        if seq.num_computed_tokens < seq.num_tokens:
-            return None
-        return Output(request_id=seq.request_id, prompt_logprobs=seq.take_prompt_logprobs(), finish_reason="length")
-
-    def _take_token(self, seq: Sequence, result: StepResult, row: int) -> Output:
-        token_id = result.token_ids[row]
-        finish_reason = seq.append(token_id)
-        self._num_generation_tokens += 1
-        num_top = seq.sampling.num_logprobs
-        if num_top is None and finish_reason is None and seq.prompt_logprobs is None:
-            return Output(request_id=seq.request_id, token_ids=(token_id,))
-        return Output(
-            request_id=seq.request_id,
-            token_ids=(token_id,),
-            logprobs=None if num_top is None else (result.logprob(row, num_top),),
-            prompt_logprobs=seq.take_prompt_logprobs(),
-            finish_reason=finish_reason,
-            stop_token_id=token_id if finish_reason == "stop" else None,
-        )
-
     def _end(self, sequences: list[Sequence], reason: FinishReason, *, error: str | None = None) -> list[Output]:
         """End living sequences; returns their terminal outputs."""
         living = {seq.request_id: seq for seq in sequences}
-        self._forget(list(living.values()))
+        if living:
+            self._forget(list(living.values()))
         return [Output(request_id=request_id, finish_reason=reason, error=error) for request_id in living]
 
     def _forget(self, sequences: list[Sequence]) -> None:
         self._scheduler.remove(sequences)
         for seq in sequences:
+            seq.ended = True
+            seq.parent = None
             del self._sequences[seq.request_id]

@@ -38,6 +38,10 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
         max_num_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         max_logit_rows=max(config.max_num_seqs, MIN_LOGIT_ROWS),
+        max_num_waiting=config.max_num_waiting,
+        itl_target_ms=config.itl_target_ms,
+        ageing_s=config.priority_ageing_s,
+        enable_prefix_cache=config.enable_prefix_cache,
     )
     executor = ops.load(config.device).build(
         model,
@@ -67,6 +71,7 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
         vocab_size=model.vocab_size,
         max_model_len=kv_plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        max_num_waiting=config.max_num_waiting,
         num_blocks=kv_plan.num_blocks,
         block_size=config.block_size,
         kv_cache_bytes=kv_plan.num_bytes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmserve.engine.batch import BatchBuilder
-from llmserve.engine.scheduler import Plan
+from llmserve.engine.plan import Plan
 from llmserve.ops.protocol import Executor, StepOutput
 from llmserve.types import TokenLogprob
 
@@ -58,11 +58,16 @@ class _LogprobColumns:
 
 
 class ModelRunner:
-    """Feeds an executor. Both methods raise whatever the executor raises."""
+    """Feeds an executor. All methods raise whatever the executor raises."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._builder = BatchBuilder()
+
+    def run(self, plan: Plan) -> StepResult:
+        """Run one step to its end."""
+        self.launch(plan)
+        return self.collect()
 
     def launch(self, plan: Plan) -> None:
         """Start the step."""

@@ -1,21 +1,27 @@
 """Which tokens the next step computes.
 
 One rule: there is no prefill and no decode phase, only `num_computed_tokens` catching up with `num_tokens` under the
-budgets of a step. Running sequences go first, oldest first, each owed at least one token and one logit row; then
-waiting ones by arrival. Out of blocks: the newest running sequence is preempted and later recomputed.
+budgets of a step. Running sequences go first, each owed at least one token and one logit row; then waiting ones as
+`waiting_queue` orders them, as long as the first of them fits. Out of blocks: the least urgent, newest running
+sequence is preempted and later recomputed. Beside decodes, prompts get as many tokens as the target for the latency
+between tokens allows.
 
-Invariants: a sequence is in exactly one of `running` and `waiting` until `remove`; a plan never exceeds a budget; a
-waiting sequence that was never running, or was preempted, holds no block.
+Invariants: a sequence is in exactly one of `running`, `waiting` and the fork book until `remove`; a plan never
+exceeds a budget; a sequence that is not running holds no block.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from llmserve.engine.fair_share import FairShare
+from llmserve.engine.forks import ForkBook, can_fork
 from llmserve.engine.kv_cache import KVCacheManager
+from llmserve.engine.plan import Plan, cut_chunk
 from llmserve.engine.sequence import Sequence
+from llmserve.engine.step_time import StepTimeModel
+from llmserve.engine.waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,53 +31,13 @@ class SchedulerConfig:
     max_num_tokens: int = 512
     max_num_seqs: int = 128
     max_logit_rows: int = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens of one sequence in a step that is not a plain decode."""
-
-    seq: Sequence
-    num_tokens: int
-    num_score_rows: int
-    """Logit rows that score prompt tokens."""
-    samples: bool
-    """Whether the last token's row samples the next token."""
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step's work. Rows of the step: all decodes in order, then all chunks in order."""
-
-    decodes: list[Sequence] = field(default_factory=list)
-    """Sequences with one token to compute and one to sample."""
-    chunks: list[Chunk] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.chunks)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.decodes) + sum(chunk.num_score_rows + chunk.samples for chunk in self.chunks)
-
-    def sequences(self) -> list[Sequence]:
-        """All sequences of the step, in row order."""
-        return self.decodes + [chunk.seq for chunk in self.chunks]
-
-
-def cut_chunk(seq: Sequence, max_tokens: int, max_rows: int) -> Chunk:
-    """The longest next chunk of a sequence within a token and a logit-row budget; it may be empty."""
-    start = seq.num_computed_tokens
-    end = min(seq.num_tokens, start + max_tokens)
-    first_score = max(start, seq.num_scored)
-    if first_score + max_rows < seq.score_end:
-        end = min(end, first_score + max_rows)
-    num_score_rows = max(0, min(end, seq.score_end) - first_score)
-    samples = end == seq.num_tokens and seq.generates
-    if samples and num_score_rows >= max_rows:
-        end, samples = end - 1, False
-    return Chunk(seq, max(0, end - start), num_score_rows, samples)
+    max_num_waiting: int = 0
+    """Sequences that may wait; 0: any number."""
+    itl_target_ms: float = 0.0
+    """Time a step with decodes should take at most, when prompts are computed beside them; 0: no target."""
+    ageing_s: float = 10.0
+    """Waiting time that counts as much as one priority; 0: priorities are strict."""
+    enable_prefix_cache: bool = True
 
 
 class Scheduler:
@@ -82,96 +48,144 @@ class Scheduler:
             raise ValueError("max_num_tokens and max_logit_rows must be at least max_num_seqs")
         self._config = config
         self._kv_cache = kv_cache
+        self._forks = ForkBook()
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue(
+            ageing_s=config.ageing_s, num_cached=kv_cache.num_cached if config.enable_prefix_cache else None
+        )
+        self.fair_share = FairShare()
+        self.step_times = StepTimeModel()
         self.num_preemptions = 0
+        self.num_cache_queries = 0
+        self.num_cache_hits = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.num_waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are not running, those that wait for a parent included."""
+        return len(self.waiting) + len(self._forks)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more sequences may wait."""
+        return 0 < self._config.max_num_waiting <= self.num_waiting
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence behind all others."""
-        self.waiting.append(seq)
+        """Queue a fresh sequence."""
+        if not self._forks.add(seq):
+            self.waiting.add(seq)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
         """Forget ended sequences and give back their blocks."""
         ended = {id(seq): seq for seq in sequences}
         self.running = [seq for seq in self.running if id(seq) not in ended]
-        if any(id(seq) in ended for seq in self.waiting):
-            self.waiting = deque(seq for seq in self.waiting if id(seq) not in ended)
         for seq in ended.values():
+            if not self.waiting.remove(seq):
+                self._forks.remove(seq)
             self._kv_cache.release(seq)
+            self.fair_share.leave(seq.account)
 
-    def plan(self) -> Plan:
+    def plan(self, now_s: float) -> Plan:
         """The next step. Blocks for it are reserved; the plan is empty only when there is no work."""
+        for seq in self._forks.take_ready():
+            self.waiting.add(seq)
+        was_short = self._grow_running(now_s)
         plan = Plan()
         tokens, rows = self._plan_running(plan)
-        admitted = self._plan_waiting(plan, tokens, rows)
-        growing = [seq for seq in self.running if seq.num_tokens > seq.num_reserved_tokens]
-        num_fitting = self._kv_cache.reserve(growing + admitted) if growing or admitted else 0
-        if num_fitting < len(growing):
-            self._drop(plan, admitted)
-            self._drop(plan, self._make_room(growing[num_fitting:]))
-        elif num_fitting < len(growing) + len(admitted):
-            self._drop(plan, admitted[num_fitting - len(growing) :])
-        for _ in range(max(0, num_fitting - len(growing))):
-            self.running.append(self.waiting.popleft())
+        if not was_short:
+            self._admit_waiting(plan, tokens, rows, now_s)
         return plan
+
+    def _grow_running(self, now_s: float) -> bool:
+        """Reserve what running sequences need for this step. Says whether some had to be preempted."""
+        growing = [seq for seq in self.running if seq.num_tokens > seq.num_reserved_tokens]
+        if not growing:
+            return False
+        for seq in growing:  # its blocks are full
+            self._kv_cache.commit(seq)
+        del growing[: self._kv_cache.grow(growing)]
+        if not growing:
+            return False
+        top = min(seq.priority for seq in [*self.running, *self.waiting])
+        while growing:
+            victim = max(self.running, key=lambda seq: (self.waiting.urgency(seq, top, now_s), seq.order))
+            victim.num_preemptions += 1
+            self.num_preemptions += 1
+            self._return_to_queue(victim)
+            if victim in growing:
+                growing.remove(victim)
+            del growing[: self._kv_cache.grow(growing)]
+        return True
+
+    def _return_to_queue(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._kv_cache.release(seq)
+        self.waiting.add(seq)
 
     def _plan_running(self, plan: Plan) -> tuple[int, int]:
         """Plan all running sequences; returns the tokens and the logit rows left of the budgets."""
-        tokens, rows = self._config.max_num_tokens, self._config.max_logit_rows
-        num_owed = len(self.running)
         decodes = plan.decodes
+        unfinished: list[Sequence] = []
         for seq in self.running:
-            num_owed -= 1
             # One token left, and a generated one: the prompt is computed and scored.
             if seq.num_tokens - seq.num_computed_tokens == 1 and seq.num_tokens > seq.num_prompt_tokens:
                 decodes.append(seq)
-                tokens -= 1
-                rows -= 1
-                continue
+            else:
+                unfinished.append(seq)
+        num_owed = len(unfinished)
+        rows = self._config.max_logit_rows - len(decodes)
+        tokens = max(num_owed, self._max_chunk_tokens(len(decodes)))
+        if num_owed > 1:
+            unfinished.sort(key=lambda seq: (seq.priority, seq.order))
+        for seq in unfinished:
+            num_owed -= 1
             chunk = cut_chunk(seq, tokens - num_owed, rows - num_owed)
             plan.chunks.append(chunk)
             tokens -= chunk.num_tokens
             rows -= chunk.num_score_rows + chunk.samples
         return tokens, rows
 
-    def _plan_waiting(self, plan: Plan, tokens: int, rows: int) -> list[Sequence]:
-        """Plan waiting sequences into what is left of the budgets; returns those planned."""
-        admitted: list[Sequence] = []
-        num_places = self._config.max_num_seqs - len(self.running)
-        for seq in self.waiting:
-            if len(admitted) == num_places or tokens == 0:
-                break
+    def _max_chunk_tokens(self, num_decodes: int) -> int:
+        """Tokens of this step that are not decodes."""
+        left = self._config.max_num_tokens - num_decodes
+        if num_decodes == 0 or self._config.itl_target_ms <= 0:
+            return left
+        fitting = self.step_times.max_chunk_tokens(self._config.itl_target_ms / 1000, num_decodes)
+        return left if fitting is None else min(left, fitting)
+
+    def _admit_waiting(self, plan: Plan, tokens: int, rows: int, now_s: float) -> None:
+        """Plan waiting sequences into what is left of the budgets, while the first of them fits."""
+        while tokens > 0 and rows > 0 and len(self.running) < self._config.max_num_seqs:
+            seq = self.waiting.first(now_s)
+            if seq is None or not self._take_blocks(seq):
+                return
+            self.waiting.admit(seq, now_s)
+            self.running.append(seq)
+            if seq.num_cached_tokens < 0:
+                self._note_first_admission(seq)
             chunk = cut_chunk(seq, tokens, rows)
-            if chunk.num_tokens == 0:
-                break
             plan.chunks.append(chunk)
-            admitted.append(seq)
             tokens -= chunk.num_tokens
             rows -= chunk.num_score_rows + chunk.samples
-        return admitted
 
-    def _make_room(self, growing: list[Sequence]) -> list[Sequence]:
-        """Preempt running sequences, newest first, until the others of `growing` fit. Returns the preempted ones."""
-        preempted: list[Sequence] = []
-        while growing:
-            victim = self.running.pop()
-            self._kv_cache.release(victim)
-            self.waiting.appendleft(victim)
-            preempted.append(victim)
-            if victim is growing[-1]:
-                growing.pop()
-            del growing[: self._kv_cache.reserve(growing) if growing else 0]
-        self.num_preemptions += len(preempted)
-        return preempted
+    def _take_blocks(self, seq: Sequence) -> bool:
+        kv_cache = self._kv_cache
+        if can_fork(seq):
+            assert seq.parent is not None
+            return kv_cache.fork(seq, seq.parent)
+        if seq.num_preemptions and self.running:
+            # Not as long as the others are about to take the blocks away again.
+            num_wanted = kv_cache.num_blocks_of(seq.num_tokens) + len(self.running)
+            if num_wanted > kv_cache.num_free:
+                return False
+        return kv_cache.admit(seq)
 
-    def _drop(self, plan: Plan, sequences: list[Sequence]) -> None:
-        """Take sequences that got no blocks out of a plan; a table that was opened for one is closed."""
-        dropped = {id(seq) for seq in sequences}
-        plan.decodes = [seq for seq in plan.decodes if id(seq) not in dropped]
-        plan.chunks = [chunk for chunk in plan.chunks if id(chunk.seq) not in dropped]
-        for seq in sequences:
-            self._kv_cache.release(seq)
+    def _note_first_admission(self, seq: Sequence) -> None:
+        seq.num_cached_tokens = seq.num_computed_tokens
+        seq.account.num_tokens += seq.num_tokens - seq.num_computed_tokens
+        if self._config.enable_prefix_cache and seq.reads_cache:
+            self.num_cache_queries += seq.num_tokens
+            self.num_cache_hits += seq.num_computed_tokens

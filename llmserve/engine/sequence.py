@@ -6,8 +6,13 @@ behind `block_table` cover at least `num_computed_tokens`. Only the scheduler an
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from llmserve.engine.fair_share import Account
 from llmserve.types import FinishReason, Request, SamplingParams, TokenLogprob
 
 NO_TABLE = -1
@@ -19,13 +24,35 @@ class Sequence:
 
     request_id: str
     sampling: SamplingParams
-    token_ids: list[int]
+    token_ids: array[int]
+    """32-bit integers in one piece: the block pool reads them without a copy."""
     num_prompt_tokens: int
     max_num_tokens: int
     """Length, prompt included, at which it ends with `length`."""
     stop_token_ids: frozenset[int]
     num_tokens: int
     """`len(token_ids)`, kept beside it because every step reads it."""
+    account: Account
+    """Of its tenant; its tokens are charged there."""
+    order: int = 0
+    """Number of arrival, distinct among living sequences."""
+    priority: int = 0
+    """Smaller is more urgent."""
+    arrival_s: float = 0.0
+    """Monotonic."""
+    deadline_s: float | None = None
+    """Monotonic; None: never."""
+    cache_salt: int = 0
+    """Cached prefixes are shared under the same salt alone; 64 bits."""
+    parent: Sequence | None = None
+    """The sequence whose prompt it shares and whose blocks it may fork."""
+    ended: bool = False
+    """Its terminal output was made."""
+    num_preemptions: int = 0
+    num_passes: int = 0
+    """How often one that came later was admitted before it."""
+    num_cached_tokens: int = -1
+    """Prompt tokens that its first admission found computed; -1 before."""
     num_computed_tokens: int = 0
     """Tokens whose keys and values lie in the cache."""
     score_end: int = 0
@@ -42,7 +69,9 @@ class Sequence:
     """temperature, top_k, top_p, min_p, seed, num_logprobs: this sequence's row of the sampling arrays."""
 
     @classmethod
-    def of(cls, request: Request, *, max_model_len: int) -> Sequence:
+    def of(
+        cls, request: Request, account: Account, *, max_model_len: int, order: int, now_s: float, cache_salt: int
+    ) -> Sequence:
         """A fresh sequence of an admissible request (see `admission`)."""
         sampling = request.sampling
         num_prompt = len(request.prompt_token_ids)
@@ -51,11 +80,17 @@ class Sequence:
         return cls(
             request_id=request.request_id,
             sampling=sampling,
-            token_ids=list(request.prompt_token_ids),
+            token_ids=array("i", request.prompt_token_ids),
             num_prompt_tokens=num_prompt,
             max_num_tokens=min(num_prompt + sampling.max_tokens, max_model_len),
             stop_token_ids=frozenset(sampling.stop_token_ids),
             num_tokens=num_prompt,
+            account=account,
+            order=order,
+            priority=request.priority,
+            arrival_s=min(request.arrival_s, now_s) or now_s,
+            deadline_s=request.deadline_s,
+            cache_salt=cache_salt,
             score_end=num_prompt - 1 if scores else 0,
             prompt_logprobs=[] if scores else None,
             sampling_row=(
@@ -72,6 +107,16 @@ class Sequence:
     def generates(self) -> bool:
         """False for a request that only scores its prompt."""
         return self.max_num_tokens > self.num_prompt_tokens
+
+    @property
+    def reads_cache(self) -> bool:
+        """False while prompt positions must be scored: a cached position has no logits."""
+        return self.num_scored >= self.score_end
+
+    @property
+    def view(self) -> NDArray[np.int32]:
+        """`token_ids` as an array, without a copy. Let go of it before the sequence grows."""
+        return np.frombuffer(self.token_ids, dtype=np.int32)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take a sampled token; says whether it ended the sequence, and how."""

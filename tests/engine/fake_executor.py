@@ -40,6 +40,10 @@ class FakeExecutor:
         self.config = config
         self.steps: list[StepInput] = []
         self.fail_next = False
+        self.abort_next = False
+        """Raise in the middle of the next step, its KV written in part, as an aborted program does."""
+        self.poison: set[int] = set()
+        """Seeds of sequences that make every step fail in which they have a row."""
         self.allocate_kv(num_blocks)
 
     def kv_bytes_per_block(self) -> int:
@@ -54,8 +58,15 @@ class FakeExecutor:
             self.fail_next = False
             raise RuntimeError("made to fail")
         self._check(step)
-        self.steps.append(step)
+        for source, target in self.block_pool.take_copies():
+            self._cache[target] = self._cache[source]
         self._output = self._compute(step)
+        if self.abort_next:
+            self.abort_next = False
+            raise InterruptedError("the step was aborted")
+        if self.poison.intersection(step.seed.tolist()):
+            raise RuntimeError("made to fail")
+        self.steps.append(step)
 
     def collect(self) -> StepOutput:
         return self._output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +17,24 @@ from llmserve.types import Output, Request, SamplingParams
 from tests.engine.fake_executor import FakeExecutor, fake_info, next_token, score
 
 
-def make_engine(*, num_blocks: int = 64, **limits: Any) -> tuple[Engine, FakeExecutor]:
-    """An engine over a fake executor; limits are fields of `ExecutorConfig`."""
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make_engine(
+    *,
+    num_blocks: int = 64,
+    policy: dict[str, Any] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **limits: Any,
+) -> tuple[Engine, FakeExecutor]:
+    """An engine over a fake executor; limits are fields of `ExecutorConfig`, `policy` is more of `SchedulerConfig`."""
     defaults = {"max_num_tokens": 32, "max_num_seqs": 8, "max_logit_rows": 8, "max_model_len": 128, "block_size": 4}
     config = replace(ExecutorConfig(), **(defaults | limits))
     executor = FakeExecutor(config, num_blocks)
@@ -24,12 +42,15 @@ def make_engine(*, num_blocks: int = 64, **limits: Any) -> tuple[Engine, FakeExe
         max_num_tokens=config.max_num_tokens,
         max_num_seqs=config.max_num_seqs,
         max_logit_rows=config.max_logit_rows,
+        **(policy or {}),
     )
-    return Engine(executor, scheduler, fake_info(config, num_blocks)), executor
+    return Engine(executor, scheduler, fake_info(config, num_blocks), clock=clock), executor
 
 
-def make_request(request_id: str, prompt: list[int], **sampling: Any) -> Request:
-    return Request(request_id=request_id, prompt_token_ids=prompt, sampling=SamplingParams(**sampling))
+def make_request(request_id: str, prompt: list[int], **options: Any) -> Request:
+    """A request; options are fields of `Request`, and of `SamplingParams` else."""
+    own = {name: options.pop(name) for name in Request.__struct_fields__ if name in options}
+    return Request(request_id=request_id, prompt_token_ids=prompt, sampling=SamplingParams(**options), **own)
 
 
 def run(engine: Engine) -> dict[str, list[Output]]:
@@ -112,8 +133,10 @@ def test_running_sequences_advance_in_every_step_beside_a_long_prompt() -> None:
         assert len(executor.steps[-1].token_ids) > 4
 
 
-def test_preemption_gives_the_same_tokens() -> None:
-    engine, executor = make_engine(num_blocks=10, max_model_len=40)
+@pytest.mark.parametrize("caches", [True, False])
+def test_preemption_gives_the_same_tokens(caches: bool) -> None:
+    policy = {"enable_prefix_cache": caches}
+    engine, executor = make_engine(num_blocks=10, max_model_len=40, policy=policy)
     for i in range(6):
         engine.submit(make_request(str(i), [i] * 5, max_tokens=20, num_logprobs=0, num_prompt_logprobs=0))
     outputs = run(engine)
@@ -208,16 +231,63 @@ def test_id_in_use_is_not_taken() -> None:
     assert len(run(engine)["a"]) == 2
 
 
-def test_failing_step_ends_its_sequences_and_the_engine_goes_on() -> None:
+def test_step_that_fails_once_costs_nobody_a_token() -> None:
     engine, executor = make_engine(max_num_seqs=2)
     for i in range(3):
         engine.submit(make_request(str(i), [i], max_tokens=4))
     engine.step()
     executor.fail_next = True
-    ended = {output.request_id: output for output in engine.step()}
-    assert {i: output.finish_reason for i, output in ended.items()} == {"0": "error", "1": "error"}
-    assert "made to fail" in (ended["0"].error or "")
-    assert tokens_of(run(engine)["2"]) == expected_tokens([2], 4)
+    outputs = run(engine)
+    for i in range(3):
+        tokens = tokens_of(outputs[str(i)])
+        assert tokens == expected_tokens([i], 4)[-len(tokens) :]
+        assert outputs[str(i)][-1].finish_reason == "length"
+    assert_nothing_held(engine, executor)
+
+
+@pytest.mark.parametrize("num_others", [0, 1, 6])
+def test_request_that_makes_the_step_fail_fails_alone(num_others: int) -> None:
+    engine, executor = make_engine()
+    executor.poison = {99}
+    for i in range(num_others):
+        engine.submit(make_request(str(i), [i] * (i + 1), max_tokens=6))
+    engine.step()
+    engine.submit(make_request("bad", [50, 51], max_tokens=6, seed=99))
+    engine.submit(make_request("late", [60, 61], max_tokens=6))
+    outputs = run(engine)
+    [bad] = outputs["bad"]
+    assert bad.finish_reason == "error"
+    assert "made to fail" in (bad.error or "")
+    assert tokens_of(outputs["late"]) == expected_tokens([60, 61], 6)
+    assert all(outputs[str(i)][-1].finish_reason == "length" for i in range(num_others))
+    assert_nothing_held(engine, executor)
+
+
+def test_two_bad_requests_and_a_bad_decode() -> None:
+    engine, executor = make_engine()
+    for i in range(8):
+        engine.submit(make_request(str(i), [i], max_tokens=6, seed=i))
+    first = {output.request_id: list(output.token_ids) for output in engine.step()}
+    executor.poison = {3, 4}
+    outputs = run(engine)
+    for i in range(8):
+        if i in executor.poison:
+            assert [output.finish_reason for output in outputs[str(i)]] == ["error"]
+        else:
+            assert first[str(i)] + tokens_of(outputs[str(i)]) == expected_tokens([i], 6, seed=i)
+    assert_nothing_held(engine, executor)
+
+
+def test_aborted_step_is_planned_again() -> None:
+    engine, executor = make_engine()
+    for i in range(4):
+        engine.submit(make_request(str(i), [i] * 5, max_tokens=6))
+    engine.step()
+    executor.abort_next = True
+    engine.abort(["1"])
+    assert [(output.request_id, output.finish_reason) for output in engine.step()] == [("1", "abort")]
+    outputs = run(engine)
+    assert {i: tokens_of(outputs[str(i)]) for i in (0, 2, 3)} == {i: expected_tokens([i] * 5, 6)[1:] for i in (0, 2, 3)}
     assert_nothing_held(engine, executor)
 
 

@@ -1,7 +1,7 @@
-"""Random adds, aborts, failures and block shortages: what must hold whatever happens.
+"""Random adds, aborts, deadlines, failures and block shortages: what must hold whatever happens.
 
 One terminal output per accepted request, the budgets (the fake executor asserts them in every step), the tokens that
-the prefix determines, no leaked block.
+the prefix determines (also through cached and forked blocks), deadlines within one step, no leaked block.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llmserve.types import Output, SamplingParams
+from llmserve.types import Output, Request, SamplingParams
 from tests.engine.fake_executor import VOCAB_SIZE
-from tests.engine.test_engine import assert_nothing_held, expected_tokens, make_engine, make_request, tokens_of
+from tests.engine.test_engine import Clock, assert_nothing_held, expected_tokens, make_engine, tokens_of
 
 MAX_MODEL_LEN = 40
+POISON = 99
+"""Seed of requests that make every step fail which samples them."""
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -26,8 +28,21 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         extra_tokens=st.integers(0, 20),
         extra_rows=st.integers(0, 5),
+        caches=st.booleans(),
+        max_num_waiting=st.sampled_from([0, 0, 3]),
     )
-    def start(self, *, num_blocks: int, block_size: int, max_num_seqs: int, extra_tokens: int, extra_rows: int) -> None:
+    def start(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        extra_tokens: int,
+        extra_rows: int,
+        caches: bool,
+        max_num_waiting: int,
+    ) -> None:
+        self.clock = Clock()
         self.engine, self.executor = make_engine(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -35,10 +50,12 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_tokens=max_num_seqs + extra_tokens,
             max_logit_rows=max_num_seqs + extra_rows,
             max_model_len=MAX_MODEL_LEN,
+            clock=self.clock,
+            policy={"enable_prefix_cache": caches, "max_num_waiting": max_num_waiting, "ageing_s": 2.0},
         )
-        self.accepted: dict[str, tuple[list[int], SamplingParams]] = {}
+        self.executor.poison = {POISON}
+        self.accepted: dict[str, Request] = {}
         self.outputs: dict[str, list[Output]] = {}
-        self.failed = False
 
     @rule(
         length=st.integers(0, MAX_MODEL_LEN + 1),
@@ -46,18 +63,43 @@ class EngineMachine(RuleBasedStateMachine):
         sampling=st.builds(
             SamplingParams,
             max_tokens=st.integers(0, 30),
-            seed=st.integers(0, 3),
+            seed=st.sampled_from([0, 1, 2, 3, POISON]),
             num_logprobs=st.none() | st.integers(0, 2),
             num_prompt_logprobs=st.none() | st.integers(0, 2),
             stop_token_ids=st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=5).map(tuple),
         ),
+        priority=st.integers(-2, 2),
+        tenant=st.sampled_from(["", "a", "b"]),
+        lifetime_s=st.none() | st.floats(-1, 20),
+        data=st.data(),
     )
-    def submit(self, length: int, token_id: int, sampling: SamplingParams) -> None:
+    def submit(
+        self,
+        *,
+        length: int,
+        token_id: int,
+        sampling: SamplingParams,
+        priority: int,
+        tenant: str,
+        lifetime_s: float | None,
+        data: st.DataObject,
+    ) -> None:
         prompt = list(range(token_id - length, token_id)) if length <= token_id else [token_id] * length
-        request_id = str(len(self.accepted))
-        self.accepted[request_id] = prompt, sampling
-        request = make_request(request_id, prompt)
-        self.engine.submit(type(request)(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
+        parent_id = data.draw(st.none() | st.sampled_from(sorted(self.accepted))) if self.accepted else None
+        if parent_id is not None and data.draw(st.booleans()):
+            parent = self.accepted[parent_id]
+            prompt, tenant = parent.prompt_token_ids, parent.tenant
+        request = Request(
+            request_id=str(len(self.accepted)),
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            priority=priority,
+            tenant=tenant,
+            parent_id=parent_id,
+            deadline_s=None if lifetime_s is None else self.clock() + lifetime_s,
+        )
+        self.accepted[request.request_id] = request
+        self.engine.submit(request)
 
     @precondition(lambda self: self.accepted)
     @rule(data=st.data())
@@ -68,16 +110,24 @@ class EngineMachine(RuleBasedStateMachine):
     def fail_next_step(self) -> None:
         self.executor.fail_next = True
 
-    @rule(count=st.integers(1, 8))
-    def step(self, count: int) -> None:
+    @rule()
+    def abort_next_step(self) -> None:
+        self.executor.abort_next = True
+
+    @rule(count=st.integers(1, 8), seconds=st.floats(0, 3))
+    def step(self, count: int, seconds: float) -> None:
         for _ in range(count):
+            self.clock.now_s += seconds
             num_steps = len(self.executor.steps)
-            computes = self.engine._scheduler.has_work
-            fails = self.executor.fail_next
-            for output in self.engine.step():
+            was_aborted = self.executor.abort_next
+            outputs = self.engine.step()
+            for output in outputs:
                 self.outputs.setdefault(output.request_id, []).append(output)
-            if computes and not fails:
-                assert len(self.executor.steps) == num_steps + 1, "a step with work computes something"
+            living = self.engine._sequences.values()
+            assert all(seq.deadline_s is None or seq.deadline_s > self.clock() for seq in living)
+            if living and not was_aborted:
+                advanced = len(self.executor.steps) > num_steps or any(output.finish_reason for output in outputs)
+                assert advanced, "a step with work computes something, or ends what cannot be computed"
 
     @invariant()
     def blocks_are_whole(self) -> None:
@@ -85,25 +135,29 @@ class EngineMachine(RuleBasedStateMachine):
             self.executor.block_pool.check_integrity()
             scheduler = self.engine._scheduler
             assert self.executor.block_pool.num_tables == len(scheduler.running)
-            assert len(self.engine._sequences) == len(scheduler.running) + len(scheduler.waiting)
+            assert len(self.engine._sequences) == len(scheduler.running) + scheduler.num_waiting
+            assert len(scheduler.waiting) == len(list(scheduler.waiting))
+            assert sum(len(step.seq_lens) for step in self.executor.steps[-1:]) <= self.executor.config.max_num_seqs
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        self.executor.fail_next = False
+        self.executor.fail_next = self.executor.abort_next = False
         for _ in range(5000):
             if not self.engine.has_work:
                 break
-            self.step(1)
+            self.step(1, 0.1)
         assert not self.engine.has_work
         assert_nothing_held(self.engine, self.executor)
         assert self.outputs.keys() == self.accepted.keys()
-        for request_id, (prompt, sampling) in self.accepted.items():
-            check_outputs(self.outputs[request_id], prompt, sampling)
+        assert len(self.engine._scheduler.fair_share) == 0
+        for request_id, request in self.accepted.items():
+            check_outputs(self.outputs[request_id], request)
 
 
-def check_outputs(outputs: list[Output], prompt: list[int], sampling: SamplingParams) -> None:
+def check_outputs(outputs: list[Output], request: Request) -> None:
     """One terminal output, the last; and the tokens of this prefix, whatever else ran."""
+    prompt, sampling = request.prompt_token_ids, request.sampling
     reasons: list[Any] = [output.finish_reason for output in outputs]
     assert reasons[:-1] == [None] * (len(reasons) - 1)
     assert reasons[-1] is not None
@@ -112,7 +166,9 @@ def check_outputs(outputs: list[Output], prompt: list[int], sampling: SamplingPa
         assert tokens == expected_tokens(prompt, len(tokens), sampling.seed)
     assert len(tokens) <= sampling.max_tokens
     if reasons[-1] == "error":  # what the fake executor asserts would also come out here
-        assert any(cause in (outputs[-1].error or "") for cause in ("made to fail", "the prompt"))
+        assert any(cause in (outputs[-1].error or "") for cause in ("the prompt", "are waiting", "made to fail"))
+    assert outputs[0].num_cached_tokens < max(1, len(prompt))
+    assert all(output.num_cached_tokens == 0 for output in outputs[1:])
     if reasons[-1] == "stop":
         assert tokens[-1] in sampling.stop_token_ids
     assert not set(tokens[:-1]) & set(sampling.stop_token_ids)
@@ -122,5 +178,5 @@ def check_outputs(outputs: list[Output], prompt: list[int], sampling: SamplingPa
         assert len(scores) == 1
 
 
-EngineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+EngineMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestEngineMachine = EngineMachine.TestCase

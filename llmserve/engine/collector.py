@@ -1,0 +1,81 @@
+"""From what a step computed to what each sequence and each client gets.
+
+Invariant: a sequence advances here and nowhere else, and only by steps that succeeded.
+"""
+
+from __future__ import annotations
+
+from llmserve.engine.plan import Chunk, Plan
+from llmserve.engine.runner import StepResult
+from llmserve.engine.sequence import Sequence
+from llmserve.types import Output
+
+
+class Collector:
+    """Advances sequences and counts tokens."""
+
+    def __init__(self) -> None:
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+
+    def apply(self, plan: Plan, result: StepResult) -> tuple[list[Output], list[Sequence]]:
+        """Advance every sequence of a plan; returns the outputs, and the sequences that ended."""
+        outputs: list[Output] = []
+        ended: list[Sequence] = []
+        row = 0
+        for seq in plan.decodes:
+            seq.num_computed_tokens += 1
+            output = self._take_token(seq, result, row)
+            row += 1
+            outputs.append(output)
+            if output.finish_reason is not None:
+                ended.append(seq)
+        for chunk in plan.chunks:
+            chunk_output = self._apply_chunk(chunk, result, row)
+            row += chunk.num_score_rows + chunk.samples
+            if chunk_output is not None:
+                outputs.append(chunk_output)
+                if chunk_output.finish_reason is not None:
+                    ended.append(chunk.seq)
+        return outputs, ended
+
+    def _apply_chunk(self, chunk: Chunk, result: StepResult, row: int) -> Output | None:
+        """Advance a sequence by a chunk whose first logit row is `row`; None while its prompt is unfinished."""
+        seq = chunk.seq
+        if chunk.num_score_rows:
+            scores, num_top = seq.prompt_logprobs, seq.sampling.num_prompt_logprobs or 0
+            assert scores is not None
+            scores += [result.logprob(row + i, num_top) for i in range(chunk.num_score_rows)]
+            seq.num_scored += chunk.num_score_rows
+        seq.num_computed_tokens += chunk.num_tokens
+        if seq.num_computed_tokens == seq.num_prompt_tokens == seq.num_tokens:  # once, also after a preemption
+            self.num_prompt_tokens += seq.num_prompt_tokens
+        if chunk.samples:
+            return self._take_token(seq, result, row + chunk.num_score_rows)
+        if seq.num_computed_tokens < seq.num_tokens:
+            return None
+        return Output(
+            request_id=seq.request_id,
+            prompt_logprobs=seq.take_prompt_logprobs(),
+            num_cached_tokens=seq.num_cached_tokens,
+            finish_reason="length",
+        )
+
+    def _take_token(self, seq: Sequence, result: StepResult, row: int) -> Output:
+        token_id = result.token_ids[row]
+        finish_reason = seq.append(token_id)
+        seq.account.num_tokens += 1
+        self.num_generation_tokens += 1
+        num_top = seq.sampling.num_logprobs
+        is_first = seq.num_tokens == seq.num_prompt_tokens + 1
+        if num_top is None and finish_reason is None and not is_first:
+            return Output(request_id=seq.request_id, token_ids=(token_id,))
+        return Output(
+            request_id=seq.request_id,
+            token_ids=(token_id,),
+            logprobs=None if num_top is None else (result.logprob(row, num_top),),
+            prompt_logprobs=seq.take_prompt_logprobs(),
+            num_cached_tokens=seq.num_cached_tokens if is_first else 0,
+            finish_reason=finish_reason,
+            stop_token_id=token_id if finish_reason == "stop" else None,
+        )
