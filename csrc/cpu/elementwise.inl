@@ -261,7 +261,7 @@ static void exp_weights(const float* x, float largest, float inverse_temperature
   }
 }
 
-static void fill_elementwise(KernelTable& table) {
+[[maybe_unused]] static void fill_elementwise(KernelTable& table) {
   table.rms_norm = rms_norm;
   table.layer_norm = layer_norm;
   table.quantize_q8 = quantize_q8;

@@ -64,6 +64,43 @@ void gemm_u8_f32_avx512(const TileArgs& args) {
   for (; row < args.rows; ++row) u8_f32_rows<1>(args, row);
 }
 
+// The same rule as quantize_group, bit by bit: the group is two registers.
+inline void quantize_group_avx512(const float* x, int8_t* codes, GroupMeta* meta) {
+  const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+  const __m512 low_abs = _mm512_abs_ps(low), high_abs = _mm512_abs_ps(high);
+  const float first = _mm512_reduce_max_ps(_mm512_max_ps(low_abs, high_abs));
+  const __m512 peak = _mm512_set1_ps(first);
+  const uint32_t equal = static_cast<uint32_t>(_mm512_cmpeq_ps_mask(low_abs, peak)) |
+                         static_cast<uint32_t>(_mm512_cmpeq_ps_mask(high_abs, peak)) << 16;
+  if (equal == 0 || !(first < 1e38f)) return quantize_group(x, codes, meta);  // NaN or infinity
+  const uint32_t at = equal & (~equal + 1);
+  const auto low_at = static_cast<__mmask16>(at), high_at = static_cast<__mmask16>(at >> 16);
+  const __m512 zero = _mm512_setzero_ps();
+  const float second = _mm512_reduce_max_ps(
+      _mm512_max_ps(_mm512_mask_mov_ps(low_abs, low_at, zero), _mm512_mask_mov_ps(high_abs, high_at, zero)));
+  const bool apart = first > kOutlierRatio * second;
+  const float largest = apart ? second : first;
+  const bool usable = largest > 1e-30f;
+  const float inverse = usable ? 127.0f / largest : 0.0f;
+  const float scale = usable ? largest / 127.0f : 0.0f;
+  const __m512 factor = _mm512_set1_ps(inverse);
+  const auto low_kept = static_cast<__mmask16>(apart ? ~low_at : ~0),
+             high_kept = static_cast<__mmask16>(apart ? ~high_at : ~0);
+  const __m512i low_codes = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(low_kept, low, factor));
+  const __m512i high_codes = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(high_kept, high, factor));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(low_codes));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtepi32_epi8(high_codes));
+  const int sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low_codes, high_codes));
+  const int index = __builtin_ctz(at);
+  const float value = apart ? x[index] : 0.0f;
+  *meta = {scale, static_cast<int16_t>(sum), static_cast<int16_t>(index), scale * static_cast<float>(sum) + value,
+           value};
+}
+
+void quantize_q8_avx512(const float* x, int8_t* codes, GroupMeta* meta, int64_t n) {
+  for (int64_t g = 0; g < n / kGroup; ++g) quantize_group_avx512(x + g * kGroup, codes + g * kGroup, meta + g);
+}
+
 }  // namespace
 
 void fill(KernelTable& table) {
@@ -75,6 +112,7 @@ void fill(KernelTable& table) {
   table.gemm_q4 = gemm_q4_avx2;
   table.gemm_u8 = gemm_u8_avx2;
   table.gemm_u8_f32 = gemm_u8_f32_avx512;
+  table.quantize_q8 = quantize_q8_avx512;
   table.attention = attention;
 }
 

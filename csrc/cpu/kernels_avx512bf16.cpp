@@ -145,7 +145,6 @@ static void gemm_bf16(const TileArgs& args) {
 }
 
 void fill(KernelTable& table) {
-  fill_elementwise(table);
   table.gemm_bf16 = gemm_bf16;
   table.attention = attention;
 }
