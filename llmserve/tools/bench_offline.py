@@ -80,7 +80,7 @@ def run_offline(
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> OfflineReport:
     """Load a model into this process and measure it. Raises what loading raises, `InvalidRequest`, `EngineFault`."""
-    longest = max(*load.prefill_tokens, load.prompt_tokens + 4 * load.output_tokens) + 64
+    longest = max((*load.prefill_tokens, load.prompt_tokens + 4 * load.output_tokens)) + 64
     config = EngineConfig(model_path=model, max_model_len=longest, num_threads=num_threads, exact=exact)
     engine = load_engine(config, progress=progress)
     return _Bench(engine, config, load).run()
