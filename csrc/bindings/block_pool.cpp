@@ -45,8 +45,8 @@ class ArrayTokens final : public Tokens {
 };
 
 std::unique_ptr<Tokens> tokens_of(const py::object& ids) {
-  if (py::isinstance<Array<int32_t>>(ids)) return std::make_unique<ArrayTokens>(ids.cast<Array<int32_t>>());
   if (PyList_Check(ids.ptr())) return std::make_unique<ListTokens>(py::reinterpret_borrow<py::list>(ids));
+  if (py::isinstance<Array<int32_t>>(ids)) return std::make_unique<ArrayTokens>(ids.cast<Array<int32_t>>());
   return std::make_unique<ListTokens>(py::list(ids));
 }
 

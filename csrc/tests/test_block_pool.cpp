@@ -82,7 +82,139 @@ void act_once(Random& random, BlockPool& pool, Twin& twin) {
   }
 }
 
+// A sequence over a small alphabet, so that prefixes are often shared.
+struct Text {
+  int64_t handle;
+  std::vector<int32_t> ids;
+  int64_t num_computed;
+};
+
+std::vector<int32_t> random_ids(Random& random) {
+  std::vector<int32_t> ids(static_cast<size_t>(random.integer(1, 30)));
+  for (int32_t& id : ids) id = static_cast<int32_t>(random.integer(0, 1));
+  return ids;
+}
+
+void admit_some(Random& random, BlockPool& pool, std::vector<Text>& texts) {
+  std::vector<Text> arriving(static_cast<size_t>(random.integer(1, 3)));
+  std::vector<TokenSpan> spans;
+  for (Text& text : arriving) {
+    text = {pool.create(), random_ids(random), 0};
+    spans.emplace_back(text.ids);
+  }
+  std::vector<Admission> admissions;
+  for (size_t i = 0; i < arriving.size(); ++i)
+    admissions.push_back({arriving[i].handle, &spans[i], random.bits() % 2, spans[i].size(), random.chance(0.9)});
+  const int64_t found = pool.match(spans[0], admissions[0].salt);
+  const std::vector<int64_t> num_cached = pool.admit(admissions);
+  if (!num_cached.empty()) CHECK(num_cached[0] == (admissions[0].reads_cache ? found : 0));
+  for (size_t i = 0; i < arriving.size(); ++i) {
+    if (i >= num_cached.size()) {
+      CHECK(pool.table(arriving[i].handle).empty(), "a table that did not fit is left alone");
+      pool.release(arriving[i].handle);
+      continue;
+    }
+    CHECK(num_cached[i] < spans[i].size());
+    arriving[i].num_computed = num_cached[i];
+    texts.push_back(std::move(arriving[i]));
+  }
+}
+
+void change_one(Random& random, BlockPool& pool, std::vector<Text>& texts) {
+  const auto chosen = static_cast<size_t>(random.integer(0, static_cast<int64_t>(texts.size()) - 1));
+  Text& text = texts[chosen];
+  const auto length = static_cast<int64_t>(text.ids.size());
+  const int64_t some = random.integer(0, text.num_computed);
+  switch (random.integer(0, 3)) {
+    case 0:
+      text.num_computed = random.integer(text.num_computed, length);
+      return pool.commit(text.handle, TokenSpan(text.ids), text.num_computed);
+    case 1:
+      try {
+        std::vector<int32_t> ids(text.ids.begin(), text.ids.begin() + some);
+        texts.push_back({pool.fork(text.handle, some), std::move(ids), some});
+      } catch (const OutOfBlocks&) {
+        CHECK(pool.num_free() == 0);
+      }
+      return;
+    case 2:
+      try {
+        pool.truncate(text.handle, some);
+        text.ids.resize(static_cast<size_t>(some));
+        text.num_computed = some;
+      } catch (const std::invalid_argument&) {
+        CHECK(some % pool.block_size() != 0, "whole blocks can always be given back");
+      }
+      return;
+    default: pool.release(text.handle); texts.erase(texts.begin() + static_cast<int64_t>(chosen));
+  }
+}
+
+int64_t admit_one(BlockPool& pool, int64_t handle, const std::vector<int32_t>& ids) {
+  const TokenSpan span(ids);
+  const std::vector<int64_t> num_cached = pool.admit({{handle, &span, 0, span.size(), true}});
+  CHECK(num_cached.size() == 1);
+  return num_cached[0];
+}
+
 }  // namespace
+
+TEST(block_pool_keeps_its_integrity_with_cache_and_forks) {
+  for (int round = 0; round < 30; ++round) {
+    const auto num_blocks = static_cast<int32_t>(random.integer(1, 40));
+    BlockPool pool(num_blocks, static_cast<int32_t>(random.integer(1, 6)), {random.bits(), random.bits()});
+    std::vector<Text> texts;
+    for (int action = 0; action < 300; ++action) {
+      if (texts.empty() || random.chance(0.25))
+        admit_some(random, pool, texts);
+      else
+        change_one(random, pool, texts);
+      if (random.chance(0.2)) pool.finish_pending();
+      if (random.chance(0.01)) pool.reset_cache();
+      pool.check_integrity();
+      for (const Text& text : texts)
+        CHECK(static_cast<int64_t>(pool.table(text.handle).size()) * pool.block_size() >= text.num_computed);
+    }
+    for (const Text& text : texts) pool.release(text.handle);
+    CHECK(pool.num_free() == num_blocks);
+    pool.check_integrity();
+  }
+}
+
+TEST(block_pool_finds_what_was_committed) {
+  BlockPool pool(16, 4, {1, 2});
+  const std::vector<int32_t> ids = {1, 2, 3, 4, 5, 6, 7, 8, 9};
+  const int64_t first = pool.create(), second = pool.create();
+  CHECK(admit_one(pool, first, ids) == 0);
+  pool.commit(first, TokenSpan(ids), 7);
+  CHECK(pool.num_cached() == 1, "a partial block stays private");
+  pool.commit(first, TokenSpan(ids), 9);
+  CHECK(admit_one(pool, second, ids) == 8);
+  CHECK(pool.table(first)[1] == pool.table(second)[1] && pool.table(first)[2] != pool.table(second)[2]);
+  CHECK(pool.match(TokenSpan(ids), 1) == 0, "another salt");
+  CHECK(pool.match(TokenSpan(std::vector<int32_t>(ids.begin(), ids.begin() + 8)), 0) == 4, "one token is left");
+  pool.release(first);
+  pool.release(second);
+  CHECK(pool.num_free() == 16 && pool.num_cached() == 2);
+}
+
+TEST(block_pool_copies_from_one_source_though_a_copy_is_forked) {
+  BlockPool pool(8, 4);
+  const int64_t parent = pool.create();
+  CHECK(pool.reserve({parent}, {6}) == 1);
+  pool.finish_pending();
+  const int64_t child = pool.fork(parent, 6), grandchild = pool.fork(child, 5);
+  const int32_t source = pool.table(parent)[1];
+  CHECK(pool.copies().size() == 2);
+  for (const BlockCopy& copy : pool.copies()) CHECK(copy.source == source);
+  CHECK(pool.new_blocks().empty(), "what is copied need not be zeroed");
+  pool.release(child);
+  CHECK(pool.copies().size() == 1 && pool.copies()[0].target == pool.table(grandchild)[1]);
+  pool.release(parent);
+  CHECK(pool.num_free() == 8 - 3, "the copy holds its source");
+  pool.finish_pending();
+  CHECK(pool.num_free() == 8 - 2);
+}
 
 TEST(block_pool_agrees_with_its_twin) {
   for (int round = 0; round < 20; ++round) {

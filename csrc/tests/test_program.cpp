@@ -294,6 +294,66 @@ TEST(program_obeys_the_abort_flag_and_runs_again) {
   watcher.join();
 }
 
+// Parent and child go on in the step that copies: the child with a text of its own, neither seeing the other.
+TEST(program_forks_a_sequence_in_the_middle_of_a_block) {
+  const Network network(random);
+  for (const char* isa : isa_levels()) {
+    const auto program = build(network, isa, 3);
+    BlockPool pool(64, 16);
+    const int64_t parent = pool.create();
+    CHECK(pool.reserve({parent}, {40}) == 1);
+    CHECK(program->run(Batch({{parent, 0, 25}}).arrays(), pool));
+    const int64_t child = pool.fork(parent, 25);
+    CHECK(pool.reserve({child}, {40}) == 1);
+    // A step's text follows from the handle; the child's must begin as the parent's, so its own starts at the fork.
+    Batch both({{parent, 25, 15}, {child, 25, 15}});
+    CHECK(program->run(both.arrays(), pool));
+    CHECK(pool.copies().empty());
+    Batch again({{parent, 25, 15}});
+    CHECK(program->run(again.arrays(), pool));
+    const int64_t alone = pool.create();
+    CHECK(pool.reserve({alone}, {40}) == 1);
+    Batch head({{parent, 0, 25}}), tail({{child, 25, 15}});
+    head.tables[0] = tail.tables[0] = alone;
+    CHECK(program->run(head.arrays(), pool));
+    CHECK(program->run(tail.arrays(), pool));
+    CHECK(std::equal(again.out_logprobs.begin(), again.out_logprobs.end(), both.out_logprobs.begin()), isa, " parent");
+    CHECK(std::equal(tail.out_logprobs.begin(), tail.out_logprobs.end(), both.out_logprobs.begin() + 15), isa,
+          " child");
+  }
+}
+
+TEST(program_that_is_aborted_or_refuses_leaves_copies_and_zeroing_to_the_next_step) {
+  const Network network(random);
+  const std::string path = join("/tmp/llmserve_tests_pending_", getpid());
+  const auto cell = std::make_shared<ProgressCell>(path, true);
+  unlink(path.c_str());
+  const auto program = build(network, "", 2);
+  program->attach_progress(cell);
+  BlockPool pool(64, 16);
+  const int64_t parent = pool.create(), expected = pool.create();
+  CHECK(pool.reserve({parent, expected}, {20, 40}) == 2);
+  CHECK(program->run(Batch({{parent, 0, 20}}).arrays(), pool));
+  Batch head({{parent, 0, 20}});
+  head.tables[0] = expected;
+  CHECK(program->run(head.arrays(), pool));
+  const int64_t child = pool.fork(parent, 20);
+  pool.release(parent);
+  CHECK(pool.reserve({child}, {40}) == 1);
+  Batch bad({{child, 20, 20}}), batch({{child, 20, 20}}), wanted({{child, 20, 20}});
+  bad.positions[3] = 7;
+  CHECK_THROWS(std::invalid_argument, program->run(bad.arrays(), pool));
+  cell->set_abort(true);
+  CHECK(!program->run(batch.arrays(), pool));
+  cell->set_abort(false);
+  CHECK(pool.copies().size() == 1 && pool.new_blocks().size() == 1);
+  CHECK(program->run(batch.arrays(), pool));
+  CHECK(pool.copies().empty() && pool.new_blocks().empty());
+  wanted.tables[0] = expected;
+  CHECK(program->run(wanted.arrays(), pool));
+  CHECK(wanted.out_logprobs == batch.out_logprobs);
+}
+
 TEST(program_refuses_contradicting_arrays) {
   const Network network(random);
   const auto program = build(network, "scalar", 1);
