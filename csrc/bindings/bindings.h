@@ -43,5 +43,6 @@ const T* checked(const Array<T>& array, py::ssize_t size, const char* name) {
 void bind_block_pool(py::module_& module);
 void bind_core(py::module_& module);
 void bind_program(py::module_& module);
+void bind_sampling(py::module_& module);
 
 }  // namespace llmserve

@@ -157,14 +157,34 @@ void add_attention(Program& program, const Value& q, const Value& out, int heads
   program.add_node(std::move(node));
 }
 
-// The step's arrays, in the order of the Python StepInput; outputs last.
+// A pybind11 list of states becomes pointers, None a null one; the caller's list keeps the states alive.
+void set_states(StepArrays& step, const std::vector<SamplingState*>& states) {
+  if (states.empty()) return;
+  if (static_cast<int>(states.size()) != step.num_rows)
+    throw std::invalid_argument("states: none, or one entry per logit row expected");
+  step.states = states.data();
+}
+
+void set_masks(StepArrays& step, const Array<int32_t>& mask_rows, const Array<uint32_t>& masks) {
+  if (mask_rows.size() == 0) return;
+  if (masks.ndim() != 2) throw std::invalid_argument("masks: shape (masks, words) expected");
+  step.mask_rows = checked(mask_rows, step.num_rows, "mask_rows");
+  for (int row = 0; row < step.num_rows; ++row)
+    if (step.mask_rows[row] < -1 || step.mask_rows[row] >= masks.shape(0))
+      throw std::invalid_argument("mask_rows: row " + std::to_string(row) + " is out of range");
+  step.masks = masks.data();
+  step.mask_words = masks.shape(1);
+}
+
+// The step's arrays, in the order of the Python StepInput; outputs last, then what only some steps have.
 bool run_step(Program& program, BlockPool& blocks, const Array<int32_t>& token_ids, const Array<int32_t>& positions,
               const Array<int32_t>& query_start, const Array<int32_t>& seq_lens, const Array<int64_t>& block_tables,
               const Array<int32_t>& logit_rows, const Array<int32_t>& targets, const Array<float>& temperature,
               const Array<int32_t>& top_k, const Array<float>& top_p, const Array<float>& min_p,
               const Array<uint64_t>& seed, const Array<int64_t>& sample_position, const Array<int32_t>& num_logprobs,
               Array<int32_t>& out_token_ids, Array<float>& out_logprobs, Array<int32_t>& out_ranks,
-              Array<int32_t>& out_top_ids, Array<float>& out_top_logprobs) {
+              Array<int32_t>& out_top_ids, Array<float>& out_top_logprobs, const std::vector<SamplingState*>& states,
+              const Array<int32_t>& mask_rows, const Array<uint32_t>& masks) {
   const py::ssize_t tokens = token_ids.size(), seqs = seq_lens.size(), rows = logit_rows.size();
   StepArrays step;
   step.num_tokens = static_cast<int>(tokens);
@@ -196,6 +216,8 @@ bool run_step(Program& program, BlockPool& blocks, const Array<int32_t>& token_i
   step.out_ranks = out_ranks.mutable_data();
   step.out_top_ids = out_top_ids.mutable_data();
   step.out_top_logprobs = out_top_logprobs.mutable_data();
+  set_states(step, states);
+  set_masks(step, mask_rows, masks);
   py::gil_scoped_release released;
   return program.run(step, blocks);
 }
@@ -272,7 +294,13 @@ void bind_program(py::module_& module) {
       .def("allocate_kv", &Program::allocate_kv, py::arg("num_layers"), py::arg("num_blocks"), py::arg("kv_heads"),
            py::arg("head_dim"))
       .def("attach_progress", &Program::attach_progress, py::arg("cell"))
-      .def("run", &run_step)
+      .def("run", &run_step, py::arg("blocks"), py::arg("token_ids"), py::arg("positions"), py::arg("query_start"),
+           py::arg("seq_lens"), py::arg("block_tables"), py::arg("logit_rows"), py::arg("targets"),
+           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
+           py::arg("sample_position"), py::arg("num_logprobs"), py::arg("out_token_ids"), py::arg("out_logprobs"),
+           py::arg("out_ranks"), py::arg("out_top_ids"), py::arg("out_top_logprobs"), py::kw_only(),
+           py::arg("states") = py::tuple(), py::arg("mask_rows") = Array<int32_t>(0),
+           py::arg("masks") = Array<uint32_t>(std::vector<py::ssize_t>{0, 0}))
       .def("read", &read_value, py::arg("value"), py::arg("num_rows"))
       .def("take_times",
            [](Program& self) {

@@ -26,6 +26,8 @@ class Node {
   virtual int64_t num_items(const Step& step) const = 0;
   virtual void run(const Step& step, int64_t item, const Worker& worker) const = 0;
   virtual size_t scratch_bytes() const { return 0; }
+  // Throws std::invalid_argument for states or masks of a step that do not fit this node.
+  virtual void check(const StepArrays&) const {}
 };
 
 // Zeroes the KV blocks that were handed out since the last step.
@@ -173,6 +175,7 @@ class SampleNode : public Node {
   int64_t num_items(const Step& step) const override { return step.num_rows; }
   void run(const Step& step, int64_t item, const Worker& worker) const override;
   size_t scratch_bytes() const override;
+  void check(const StepArrays& arrays) const override;
 };
 
 }  // namespace llmserve

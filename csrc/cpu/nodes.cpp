@@ -1,6 +1,8 @@
 // Nodes other than GEMM.
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/node.h"
 #include "cpu/sampler.h"
@@ -112,6 +114,14 @@ void AttentionNode::run(const Step& step, int64_t item, const Worker& worker) co
 }
 
 size_t SampleNode::scratch_bytes() const { return sampler_scratch_bytes(logits.columns); }
+
+void SampleNode::check(const StepArrays& arrays) const {
+  if (arrays.mask_rows != nullptr && arrays.mask_words != mask_words(logits.columns))
+    throw std::invalid_argument("masks: " + std::to_string(mask_words(logits.columns)) + " words a row expected");
+  for (int row = 0; arrays.states != nullptr && row < arrays.num_rows; ++row)
+    if (arrays.states[row] != nullptr && arrays.states[row]->vocab_size() != logits.columns)
+      throw std::invalid_argument("states: row " + std::to_string(row) + " has another vocabulary");
+}
 
 void SampleNode::run(const Step& step, int64_t item, const Worker& worker) const {
   sample_row(*worker.kernels, step, static_cast<int>(item), logits.at(item).f32, logits.columns, worker.scratch);

@@ -105,6 +105,8 @@ void Program::check(const StepArrays& arrays) const {
     throw std::invalid_argument("seq_lens: between 1 and " + std::to_string(limits_.max_num_seqs) + " expected");
   if (arrays.num_rows < 0 || arrays.num_rows > limits_.max_logit_rows)
     throw std::invalid_argument("logit_rows: at most " + std::to_string(limits_.max_logit_rows) + " expected");
+  if (arrays.states != nullptr || arrays.mask_rows != nullptr)
+    for (const auto& node : nodes_) node->check(arrays);
 }
 
 bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
@@ -122,6 +124,7 @@ bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
   pool_.run(worker_entry, this);
   ++num_runs_;
   const bool finished = abort_after_.load(std::memory_order_relaxed) == kNever;
+  if (finished) step_.record();
   if (finished) blocks.finish_pending();
   return finished;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "core/philox.h"
@@ -19,17 +20,33 @@ struct Candidate {
 
 bool before(const Candidate& a, const Candidate& b) { return a.weight != b.weight ? a.weight > b.weight : a.id < b.id; }
 
+// A candidate of the typical-p filter.
+struct Surprise {
+  double distance;  // of its surprise from the entropy
+  float weight;
+  int32_t id;
+};
+
+bool nearer(const Surprise& a, const Surprise& b) {
+  if (a.distance != b.distance) return a.distance < b.distance;
+  return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
+}
+
 struct Scratch {
-  float* weights;         // [vocab]
   double* sums;           // [vocab / 256]
+  float* weights;         // [vocab]
+  float* edited;          // [vocab] logits after bias, penalties and masks
   Candidate* candidates;  // [vocab]
+  Surprise* surprises;    // [vocab]
 };
 
 Scratch carve(uint8_t* base, int64_t vocab) {
   Scratch s;
   s.sums = reinterpret_cast<double*>(base);
   s.weights = reinterpret_cast<float*>(s.sums + vocab / kChunk + 1);
-  s.candidates = reinterpret_cast<Candidate*>(s.weights + (vocab + 1) / 2 * 2);
+  s.edited = s.weights + (vocab + 1) / 2 * 2;
+  s.candidates = reinterpret_cast<Candidate*>(s.edited + (vocab + 1) / 2 * 2);
+  s.surprises = reinterpret_cast<Surprise*>(s.candidates + vocab);
   return s;
 }
 
@@ -65,25 +82,21 @@ int32_t draw_from_all(const Scratch& s, int64_t vocab, double uniform) {
   return chosen;
 }
 
-// The first `count` candidates in order, sorted; grows geometrically so that small nuclei cost little.
-int64_t sort_prefix(Candidate* candidates, int64_t size, int64_t sorted, int64_t count) {
-  const int64_t end = std::min(size, count);
-  if (end < size) std::nth_element(candidates + sorted, candidates + end, candidates + size, before);
-  std::sort(candidates + sorted, candidates + end, before);
-  return end;
-}
-
-// Cuts the candidates to the smallest prefix that reaches top_p of their sum.
-int64_t apply_top_p(Candidate* candidates, int64_t size, float top_p) {
+// Cuts to the shortest prefix, in the order of `less`, whose weights reach `share` of the sum over all. Sorts only as
+// far as it must: the part looked at grows geometrically, so that a small nucleus costs little.
+template <typename T>
+int64_t cut_prefix(T* items, int64_t size, float share, bool (*less)(const T&, const T&)) {
   double sum = 0.0;
-  for (int64_t i = 0; i < size; ++i) sum += static_cast<double>(candidates[i].weight);
-  const double goal = static_cast<double>(top_p) * sum;
+  for (int64_t i = 0; i < size; ++i) sum += static_cast<double>(items[i].weight);
+  const double goal = static_cast<double>(share) * sum;
   double reached = 0.0;
   int64_t sorted = 0, step = 64;
   while (sorted < size) {
-    const int64_t end = sort_prefix(candidates, size, sorted, sorted + step);
+    const int64_t end = std::min(size, sorted + step);
+    if (end < size) std::nth_element(items + sorted, items + end, items + size, less);
+    std::sort(items + sorted, items + end, less);
     for (; sorted < end; ++sorted) {
-      reached += static_cast<double>(candidates[sorted].weight);
+      reached += static_cast<double>(items[sorted].weight);
       if (reached >= goal) return sorted + 1;
     }
     step *= 4;
@@ -91,24 +104,48 @@ int64_t apply_top_p(Candidate* candidates, int64_t size, float top_p) {
   return size;
 }
 
-int64_t apply_filters(Candidate* candidates, int64_t size, int32_t top_k, float top_p, float min_p) {
-  if (top_k > 0 && top_k < size) {
-    std::nth_element(candidates, candidates + top_k, candidates + size, before);
-    size = top_k;
+// |-log p - H| is |log w - mean of log w under p|: the normalizer cancels.
+int64_t apply_typical_p(Candidate* candidates, int64_t size, float typical_p, Surprise* surprises) {
+  double sum = 0.0, mean = 0.0;
+  for (int64_t i = 0; i < size; ++i) {
+    const auto weight = static_cast<double>(candidates[i].weight);
+    surprises[i] = {std::log(weight), candidates[i].weight, candidates[i].id};
+    sum += weight;
+    mean += weight * surprises[i].distance;
   }
-  if (top_p < 1.0f) size = apply_top_p(candidates, size, top_p);
-  // The largest weight is exp(0) = 1, so min_p compares with the weight itself.
-  if (min_p > 0.0f)
-    size = std::partition(candidates, candidates + size, [min_p](const Candidate& c) { return c.weight >= min_p; }) -
-           candidates;
-  return std::max<int64_t>(size, 1);
+  mean /= sum;
+  for (int64_t i = 0; i < size; ++i) surprises[i].distance = std::fabs(surprises[i].distance - mean);
+  size = cut_prefix(surprises, size, typical_p, nearer);
+  for (int64_t i = 0; i < size; ++i) candidates[i] = {surprises[i].weight, surprises[i].id};
+  return size;
 }
 
-int32_t draw_filtered(const Scratch& s, int64_t vocab, const Step& step, int row, double uniform) {
+// Keeps the tokens at least min_p times as likely as the most likely one that is left.
+int64_t apply_min_p(Candidate* candidates, int64_t size, float min_p) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, candidates[i].weight);
+  const float least = min_p * largest;
+  return std::partition(candidates, candidates + size, [least](const Candidate& c) { return c.weight >= least; }) -
+         candidates;
+}
+
+int64_t apply_filters(const Scratch& s, int64_t size, const Step& step, int row, float typical_p) {
+  const int64_t top_k = step.top_k[row];
+  if (top_k > 0 && top_k < size) {
+    std::nth_element(s.candidates, s.candidates + top_k, s.candidates + size, before);
+    size = top_k;
+  }
+  if (typical_p < 1.0f) size = apply_typical_p(s.candidates, size, typical_p, s.surprises);
+  if (step.top_p[row] < 1.0f) size = cut_prefix(s.candidates, size, step.top_p[row], before);
+  if (step.min_p[row] > 0.0f) size = apply_min_p(s.candidates, size, step.min_p[row]);
+  return size;
+}
+
+int32_t draw_filtered(const Scratch& s, int64_t vocab, const Step& step, int row, float typical_p, double uniform) {
   int64_t size = 0;
   for (int64_t i = 0; i < vocab; ++i)
     if (s.weights[i] > 0.0f) s.candidates[size++] = {s.weights[i], static_cast<int32_t>(i)};
-  size = apply_filters(s.candidates, size, step.top_k[row], step.top_p[row], step.min_p[row]);
+  size = apply_filters(s, size, step, row, typical_p);
   std::sort(s.candidates, s.candidates + size, [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
   double sum = 0.0;
   for (int64_t i = 0; i < size; ++i) sum += static_cast<double>(s.candidates[i].weight);
@@ -128,8 +165,32 @@ int32_t draw(const KernelTable& kernels, const Step& step, int row, const float*
     return first_maximum(logits, vocab, largest);
   kernels.exp_weights(logits, largest, 1.0f / temperature, s.weights, s.sums, vocab);
   const double uniform = philox_uniform(step.seed[row], static_cast<uint64_t>(step.sample_position[row]));
-  const bool filtered = step.top_k[row] > 0 || step.top_p[row] < 1.0f || step.min_p[row] > 0.0f;
-  return filtered ? draw_filtered(s, vocab, step, row, uniform) : draw_from_all(s, vocab, uniform);
+  const float typical_p = step.state(row) == nullptr ? 1.0f : step.state(row)->options().typical_p;
+  const bool filtered = step.top_k[row] > 0 || step.top_p[row] < 1.0f || step.min_p[row] > 0.0f || typical_p < 1.0f;
+  return filtered ? draw_filtered(s, vocab, step, row, typical_p, uniform) : draw_from_all(s, vocab, uniform);
+}
+
+// The row after bias, penalties and masks, copied only where there is something to change; raw log-probabilities need
+// the row as it was.
+const float* edited_row(const Step& step, int row, const float* logits, int64_t vocab, float* edited) {
+  const SamplingState* state = step.state(row);
+  const uint32_t* mask = step.targets[row] >= 0 ? nullptr : step.mask(row);
+  const bool edits = state != nullptr && state->edits();
+  if (!edits && mask == nullptr) return logits;
+  std::memcpy(edited, logits, static_cast<size_t>(vocab) * sizeof(float));
+  if (edits) state->apply(edited);
+  if (mask != nullptr) apply_mask(mask, edited, vocab);
+  return edited;
+}
+
+int32_t choose(const KernelTable& kernels, const Step& step, int row, const float* raw, int64_t vocab, float largest,
+               const Scratch& s) {
+  if (step.targets[row] >= 0) return step.targets[row];
+  const float* logits = edited_row(step, row, raw, vocab, s.edited);
+  if (logits == raw) return draw(kernels, step, row, raw, vocab, largest, s);
+  largest = kernels.maximum(logits, vocab);
+  if (largest == -std::numeric_limits<float>::infinity()) return kNoToken;
+  return draw(kernels, step, row, logits, vocab, largest, s);
 }
 
 void write_top(const Step& step, int row, const float* logits, int64_t vocab, float normalizer, Candidate* heap) {
@@ -171,18 +232,19 @@ void write_logprobs(const KernelTable& kernels, const Step& step, int row, const
 
 size_t sampler_scratch_bytes(int64_t vocab) {
   const auto n = static_cast<size_t>(vocab);
-  return (n / kChunk + 1) * sizeof(double) + (n + 1) / 2 * 2 * sizeof(float) + n * sizeof(Candidate) + 64;
+  return (n / kChunk + 1) * sizeof(double) + (n + 1) / 2 * 4 * sizeof(float) +
+         n * (sizeof(Candidate) + sizeof(Surprise)) + 64;
 }
 
 void sample_row(const KernelTable& kernels, const Step& step, int row, const float* logits, int64_t vocab,
                 uint8_t* scratch) {
   const Scratch s = carve(scratch, vocab);
   const float largest = kernels.maximum(logits, vocab);
-  const int32_t target = step.targets[row];
-  step.out_token_ids[row] = target >= 0 ? target : draw(kernels, step, row, logits, vocab, largest, s);
+  step.out_token_ids[row] = choose(kernels, step, row, logits, vocab, largest, s);
   step.out_logprobs[row] = std::numeric_limits<float>::quiet_NaN();
   step.out_ranks[row] = 0;
-  if (step.num_logprobs[row] >= 0) write_logprobs(kernels, step, row, logits, vocab, largest, s);
+  if (step.num_logprobs[row] >= 0 && step.out_token_ids[row] >= 0)
+    write_logprobs(kernels, step, row, logits, vocab, largest, s);
 }
 
 }  // namespace llmserve

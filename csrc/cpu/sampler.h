@@ -1,13 +1,16 @@
 // Sampling and log-probabilities of one row of logits.
 //
-// Order: raw log-probabilities first; then temperature, top-k, top-p, min-p. Ties go to the smaller token id. The draw
-// is the inverse of the cumulative distribution over the surviving tokens in ascending id order, with the Philox
-// uniform of (seed, position).
+// Order: raw log-probabilities first; then bias, penalties and masks (where the row has a state or a mask), temperature,
+// top-k, typical-p, top-p, min-p. Ties go to the smaller token id. The draw is the inverse of the cumulative distribution
+// over the surviving tokens in ascending id order, with the Philox uniform of (seed, position).
 #pragma once
 
 #include "cpu/step.h"
 
 namespace llmserve {
+
+// Output of a row whose masks leave no token.
+constexpr int32_t kNoToken = -1;
 
 // Bytes of scratch for a vocabulary.
 size_t sampler_scratch_bytes(int64_t vocab);

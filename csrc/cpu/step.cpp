@@ -17,10 +17,17 @@ void Step::prepare(const StepArrays& arrays, const BlockPool& pool, int max_posi
   for (int row = 0; row < num_rows; ++row)
     if (logit_rows[row] < 0 || logit_rows[row] >= num_tokens)
       throw std::invalid_argument("logit_rows: a row is out of range");
+  for (int row = 0; row < num_rows; ++row)
+    if (SamplingState* own = state(row)) own->rewind(sample_position[row]);
   std::stable_sort(chunks.begin(), chunks.end(),
                    [](const QueryChunk& a, const QueryChunk& b) { return a.cost > b.cost; });
   new_blocks = pool.new_blocks();
   copies = pool.copies();
+}
+
+void Step::record() const {
+  for (int row = 0; row < num_rows; ++row)
+    if (SamplingState* own = state(row); own != nullptr && out_token_ids[row] >= 0) own->record(out_token_ids[row]);
 }
 
 void Step::prepare_sequence(int seq, const BlockPool& pool, int max_position, int tokens_per_chunk) {

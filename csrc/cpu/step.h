@@ -6,6 +6,7 @@
 
 #include "core/block_pool.h"
 #include "core/memory.h"
+#include "core/sampling_state.h"
 #include "cpu/kernel_table.h"
 
 namespace llmserve {
@@ -46,6 +47,10 @@ struct StepArrays {
   const uint64_t* seed = nullptr;
   const int64_t* sample_position = nullptr;
   const int32_t* num_logprobs = nullptr;
+  SamplingState* const* states = nullptr;  // [num_rows], an entry or all may be null
+  const int32_t* mask_rows = nullptr;      // [num_rows] row of `masks`, -1: none; null: no row has one
+  const uint32_t* masks = nullptr;         // [num_masks, mask_words]
+  int64_t mask_words = 0;
   int32_t* out_token_ids = nullptr;
   float* out_logprobs = nullptr;
   int32_t* out_ranks = nullptr;
@@ -77,6 +82,14 @@ struct Step : StepArrays {
   // What the pool has pending stays there, so that a step that is not finished loses nothing.
   // Throws std::invalid_argument where the arrays contradict each other or the block tables.
   void prepare(const StepArrays& arrays, const BlockPool& pool, int max_position, int tokens_per_chunk);
+
+  // The state that samples a row; null for a row that has none, or scores a target.
+  SamplingState* state(int row) const { return states == nullptr || targets[row] >= 0 ? nullptr : states[row]; }
+  const uint32_t* mask(int row) const {
+    return mask_rows == nullptr || mask_rows[row] < 0 ? nullptr : masks + mask_rows[row] * mask_words;
+  }
+  // Tells the states what was sampled. Only after the whole step: what an aborted step sampled never was.
+  void record() const;
 
  private:
   void prepare_sequence(int seq, const BlockPool& pool, int max_position, int tokens_per_chunk);

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -72,6 +74,7 @@ class CpuExecutor:
             step.logit_rows, step.targets, step.temperature, step.top_k, step.top_p, step.min_p, step.seed,
             step.sample_position, step.num_logprobs,
             output.token_ids, output.logprobs, output.ranks, output.top_ids, output.top_logprobs,
+            states=cast("Sequence[_C.SamplingState | None]", step.states), mask_rows=step.mask_rows, masks=step.masks,
         )  # fmt: skip
         if not finished:
             raise InterruptedError("the step was aborted")

@@ -8,7 +8,7 @@ reference executor computes at once in NumPy float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -78,6 +78,64 @@ class ExpertsSpec:
     shared_gate: CheckpointTensor | None = None
 
 
+class SamplingState(Protocol):
+    """What the sampling of one sequence remembers: its parameters (as in `SamplingParams`) and the tokens so far.
+
+    It belongs to the sequence and survives a preemption. An executor calls `rewind` before it samples at a position
+    and `record` after the whole step, so a step that failed or was aborted leaves no trace, and a position that is
+    sampled again counts once. The extension has the real one; `reference_sampler` says what it does to logits.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The prompt's tokens, then the generated ones."""
+
+    @property
+    def repetition_penalty(self) -> float: ...
+
+    @property
+    def frequency_penalty(self) -> float: ...
+
+    @property
+    def presence_penalty(self) -> float: ...
+
+    @property
+    def logit_bias(self) -> Sequence[tuple[int, float]]: ...
+
+    @property
+    def min_tokens(self) -> int: ...
+
+    @property
+    def stop_token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def bad_words(self) -> Sequence[Sequence[int]]: ...
+
+    @property
+    def allowed_token_ids(self) -> Sequence[int] | None: ...
+
+    @property
+    def typical_p(self) -> float: ...
+
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from `position` on. Raises `ValueError` when tokens before it were never recorded."""
+
+    def record(self, token_id: int) -> None:
+        """Add the token sampled behind all others."""
+
+
+NO_TOKEN = -1
+"""`StepOutput.token_ids` of a row whose masks leave no token to sample."""
+_NO_ROWS = np.empty(0, np.int32)
+_NO_MASKS = np.empty((0, 0), np.uint32)
+
+
 @dataclass(slots=True)
 class StepInput:
     """One step's work, explicit and complete. Rows of all sequences are concatenated.
@@ -103,13 +161,18 @@ class StepInput:
     seed: NDArray[np.uint64]  # [R]
     sample_position: NDArray[np.int64]  # [R] position of the sampled token: the Philox counter
     num_logprobs: NDArray[np.int32]  # [R], -1: none
+    states: Sequence[SamplingState | None] = ()
+    """[R], or empty when no row has one. Rows that score a target do not use theirs."""
+    mask_rows: NDArray[np.int32] = field(default_factory=lambda: _NO_ROWS)  # [R] row of masks, -1: none; or empty
+    masks: NDArray[np.uint32] = field(default_factory=lambda: _NO_MASKS)  # [num_masks, ceil(vocab / 32)]
+    """Bit i % 32 of word i / 32 says whether token i may be sampled."""
 
 
 @dataclass(slots=True)
 class StepOutput:
     """What a step computed for its logit rows. `top_ids`/`top_logprobs` are padded to the largest `num_logprobs`."""
 
-    token_ids: NDArray[np.int32]  # [R] sampled token, or the target
+    token_ids: NDArray[np.int32]  # [R] sampled token, or the target, or NO_TOKEN
     logprobs: NDArray[np.float32]  # [R]; NaN where none was asked for
     ranks: NDArray[np.int32]  # [R]
     top_ids: NDArray[np.int32]  # [R, K]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import pytest
@@ -78,6 +78,7 @@ def _run(program: _C.Program, pool: _C.BlockPool, step: StepInput) -> StepOutput
         pool, step.token_ids, step.positions, step.query_start, step.seq_lens, step.block_tables, step.logit_rows,
         step.targets, step.temperature, step.top_k, step.top_p, step.min_p, step.seed, step.sample_position,
         step.num_logprobs, output.token_ids, output.logprobs, output.ranks, output.top_ids, output.top_logprobs,
+        states=cast("list[_C.SamplingState | None]", step.states), mask_rows=step.mask_rows, masks=step.masks,
     )  # fmt: skip
     return output
 
