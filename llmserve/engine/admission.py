@@ -6,6 +6,7 @@ would fail every request of that step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llmserve.types import Request, SamplingParams
@@ -43,6 +44,11 @@ def _sampling_refusal(sampling: SamplingParams, vocab_size: int) -> str | None:
         ("top_k", sampling.top_k, 0, _MAX_INT32),
         ("top_p", sampling.top_p, 0.0, 1.0),
         ("min_p", sampling.min_p, 0.0, 1.0),
+        ("typical_p", sampling.typical_p, 1e-9, 1.0),
+        ("repetition_penalty", sampling.repetition_penalty, 1e-3, 1e3),
+        ("frequency_penalty", sampling.frequency_penalty, -1e3, 1e3),
+        ("presence_penalty", sampling.presence_penalty, -1e3, 1e3),
+        ("min_tokens", sampling.min_tokens, 0, _MAX_INT32),
         ("seed", sampling.seed, 0, _MAX_UINT64),
         ("num_logprobs", sampling.num_logprobs or 0, 0, vocab_size),
         ("num_prompt_logprobs", sampling.num_prompt_logprobs or 0, 0, vocab_size),
@@ -50,4 +56,22 @@ def _sampling_refusal(sampling: SamplingParams, vocab_size: int) -> str | None:
     for name, value, low, high in ranges:
         if not low <= value <= high:
             return f"{name} is {value}; it must lie between {low} and {high}"
+    return _token_refusal(sampling, vocab_size)
+
+
+def _token_refusal(sampling: SamplingParams, vocab_size: int) -> str | None:
+    if sampling.allowed_token_ids == ():
+        return "allowed_token_ids is empty: no token may be sampled"
+    if not all(sampling.bad_words):
+        return "bad_words holds a word without tokens"
+    if not all(-1e3 <= bias <= 1e3 for _, bias in sampling.logit_bias):
+        return "logit_bias holds a value that does not lie between -1000 and 1000"
+    token_ids: dict[str, Iterable[int]] = {
+        "logit_bias": (token_id for token_id, _ in sampling.logit_bias),
+        "bad_words": (token_id for word in sampling.bad_words for token_id in word),
+        "allowed_token_ids": sampling.allowed_token_ids or (),
+    }
+    for name, ids in token_ids.items():
+        if not all(0 <= token_id < vocab_size for token_id in ids):
+            return f"{name} holds a token id outside 0 to {vocab_size - 1}"
     return None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmserve.engine.plan import Chunk, Plan
 from llmserve.engine.sequence import Sequence
-from llmserve.ops.protocol import StepInput
+from llmserve.ops.protocol import SamplingState, StepInput
 
 _SAMPLING = np.dtype(
     [
@@ -42,18 +42,22 @@ class _DecodeRows:
     min_p: NDArray[np.float32]
     seed: NDArray[np.uint64]
     num_logprobs: NDArray[np.int32]
+    states: list[SamplingState | None]
+    """Empty when no sequence has one."""
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> _DecodeRows:
         num_seqs = len(sequences)
         query_start = np.arange(num_seqs + 1, dtype=np.int32)
         rows = np.array([seq.sampling_row for seq in sequences], dtype=_SAMPLING)
+        states = [seq.state for seq in sequences]
         return cls(
             sequences=list(sequences),
             block_tables=np.array([seq.block_table for seq in sequences], dtype=np.int64),
             query_start=query_start,
             logit_rows=query_start[:-1],
             targets=np.full(num_seqs, -1, dtype=np.int32),
+            states=states if any(states) else [],
             **{name: np.ascontiguousarray(rows[name]) for name in _SAMPLING.names or ()},
         )
 
@@ -92,6 +96,7 @@ class BatchBuilder:
             seed=rows.seed,
             sample_position=seq_lens.astype(np.int64),
             num_logprobs=rows.num_logprobs,
+            states=rows.states,
         )
 
 
@@ -120,6 +125,7 @@ def _build_chunk(chunk: Chunk) -> StepInput:
         seed=rows["seed"],
         sample_position=logit_positions.astype(np.int64) + 1,
         num_logprobs=rows["num_logprobs"],
+        states=[] if seq.state is None else [None] * len(scored) + [seq.state] * chunk.samples,
     )
 
 
@@ -144,4 +150,12 @@ def _concatenate(parts: list[StepInput]) -> StepInput:
         seed=np.concatenate([part.seed for part in parts]),
         sample_position=np.concatenate([part.sample_position for part in parts]),
         num_logprobs=np.concatenate([part.num_logprobs for part in parts]),
+        states=_join_states(parts),
     )
+
+
+def _join_states(parts: list[StepInput]) -> list[SamplingState | None]:
+    """One entry per row of all parts, or none where no part has a state."""
+    if not any(part.states for part in parts):
+        return []
+    return [state for part in parts for state in part.states or [None] * len(part.logit_rows)]

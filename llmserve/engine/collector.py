@@ -8,6 +8,7 @@ from __future__ import annotations
 from llmserve.engine.plan import Chunk, Plan
 from llmserve.engine.runner import StepResult
 from llmserve.engine.sequence import Sequence
+from llmserve.ops.protocol import NO_TOKEN
 from llmserve.types import Output
 
 
@@ -63,6 +64,9 @@ class Collector:
 
     def _take_token(self, seq: Sequence, result: StepResult, row: int) -> Output:
         token_id = result.token_ids[row]
+        if token_id == NO_TOKEN:
+            reason = "the parameters of the request leave no token that may be sampled"
+            return Output(request_id=seq.request_id, finish_reason="error", error=reason)
         finish_reason = seq.append(token_id)
         seq.account.num_tokens += 1
         self.num_generation_tokens += 1

@@ -161,6 +161,7 @@ class Engine:
             request,
             self._scheduler.fair_share.enter(request.tenant),
             max_model_len=self._limits.max_model_len,
+            vocab_size=self.info.vocab_size,
             order=self._num_accepted,
             now_s=self._clock(),
             cache_salt=self._salts.of(request),

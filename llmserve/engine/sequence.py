@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmserve.engine.fair_share import Account
+from llmserve.ops.protocol import SamplingState
 from llmserve.types import FinishReason, Request, SamplingParams, TokenLogprob
 
 NO_TABLE = -1
@@ -67,10 +68,20 @@ class Sequence:
     """Collected over the chunks of the prompt, handed out with the first output."""
     sampling_row: tuple[float, int, float, float, int, int] = field(default=(0.0, 0, 1.0, 0.0, 0, -1))
     """temperature, top_k, top_p, min_p, seed, num_logprobs: this sequence's row of the sampling arrays."""
+    state: SamplingState | None = None
+    """What its sampling remembers, where a parameter needs that. It outlives a preemption."""
 
     @classmethod
     def of(
-        cls, request: Request, account: Account, *, max_model_len: int, order: int, now_s: float, cache_salt: int
+        cls,
+        request: Request,
+        account: Account,
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        order: int,
+        now_s: float,
+        cache_salt: int,
     ) -> Sequence:
         """A fresh sequence of an admissible request (see `admission`)."""
         sampling = request.sampling
@@ -101,6 +112,7 @@ class Sequence:
                 sampling.seed,
                 num_logprobs,
             ),
+            state=_sampling_state(request, vocab_size),
         )
 
     @property
@@ -130,3 +142,38 @@ class Sequence:
         """The prompt's scores, once."""
         scores, self.prompt_logprobs = self.prompt_logprobs, None
         return None if scores is None else tuple(scores)
+
+
+def _sampling_state(request: Request, vocab_size: int) -> SamplingState | None:
+    """The state of a fresh sequence; None when its logits are only scaled and cut."""
+    sampling = request.sampling
+    if not needs_state(sampling):
+        return None
+    from llmserve._C import SamplingState as State  # the reference executor runs plain requests without the extension
+
+    return State(
+        request.prompt_token_ids,
+        vocab_size=vocab_size,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=sampling.logit_bias,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=[token_id for token_id in sampling.stop_token_ids if 0 <= token_id < vocab_size],
+        bad_words=sampling.bad_words,
+        allowed_token_ids=sampling.allowed_token_ids,
+        typical_p=sampling.typical_p,
+    )
+
+
+def needs_state(sampling: SamplingParams) -> bool:
+    """Whether some parameter edits logits by what the sequence has seen, or by token."""
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.frequency_penalty != 0.0
+        or sampling.presence_penalty != 0.0
+        or sampling.typical_p < 1.0
+        or bool(sampling.logit_bias or sampling.bad_words)
+        or sampling.allowed_token_ids is not None
+        or (sampling.min_tokens > 0 and bool(sampling.stop_token_ids))
+    )

@@ -81,13 +81,15 @@ class FakeExecutor:
         assert np.all(np.diff(step.query_start) > 0)
         assert len(step.query_start) == num_seqs + 1 == len(step.block_tables) + 1
         assert np.all(np.diff(step.logit_rows) > 0)
-        dtypes = {name: getattr(step, name).dtype for name in StepInput.__slots__}
+        dtypes = {name: getattr(step, name).dtype for name in StepInput.__slots__ if name != "states"}
+        assert len(step.states) in (0, num_rows)
         assert {name: str(kind) for name, kind in dtypes.items() if kind != np.int32} == {
             "block_tables": "int64",
             "temperature": "float32",
             "top_p": "float32",
             "min_p": "float32",
             "seed": "uint64",
+            "masks": "uint32",
             "sample_position": "int64",
         }
         for name in ("targets", "temperature", "top_k", "top_p", "min_p", "seed", "sample_position", "num_logprobs"):
