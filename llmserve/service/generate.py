@@ -19,7 +19,7 @@ from llmserve.metrics import Metrics
 from llmserve.service.choice import Choice, Delta
 from llmserve.service.model import ServedModel
 from llmserve.service.options import MAX_SEQUENCES, RequestOptions
-from llmserve.service.sampling import for_choice, resolve
+from llmserve.service.sampling import for_choice, resolve, resolve_tokens
 from llmserve.types import Output, Request
 
 
@@ -80,6 +80,7 @@ class Generation:
         self.ttft_s: float | None = None
         """From arrival to the first token of any choice."""
         self._model = model
+        self._bad_words = resolve_tokens(options, model.text.tokenizer, model.info.vocab_size)
         self._runs = [
             run
             for number, prompt in enumerate(prompts)
@@ -100,6 +101,7 @@ class Generation:
             num_prompt_tokens=len(prompt.token_ids),
             max_model_len=model.info.max_model_len,
             eog_ids=text.tokenizer.eog_ids,
+            bad_words=self._bad_words,
             default_max_tokens=default_max_tokens,
         )
         return [

@@ -6,6 +6,7 @@ apart. `RequestOptions` is what the frontends hand to `sampling.resolve`. `None`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
@@ -20,6 +21,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 128
+MAX_ALLOWED_TOKEN_IDS = 16_384
 MAX_TOKENS = 2**31 - 1
 
 MaxTokens = Annotated[
@@ -52,6 +57,52 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 StopTokenIds = Annotated[
     list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS, description="Tokens that end generation as the end token does.")
 ]
+RepetitionPenalty = Annotated[
+    float,
+    Meta(
+        ge=0.01,
+        le=100,
+        description="Divide positive and multiply negative logits of tokens of the prompt or the answer; 1 is off.",
+    ),
+]
+FrequencyPenalty = Annotated[
+    float, Meta(ge=-2, le=2, description="Lower a token's logit by this for each time that the answer has it.")
+]
+PresencePenalty = Annotated[
+    float, Meta(ge=-2, le=2, description="Lower the logit of every token that the answer has by this.")
+]
+TypicalP = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=1,
+        description="Sample from the tokens whose surprise is nearest the entropy, up to this probability.",
+    ),
+]
+LogitBias = Annotated[
+    dict[TokenId, float],
+    Meta(max_length=MAX_LOGIT_BIAS, description="Token id to what is added to its logit, cut to -100…100."),
+]
+MinTokens = Annotated[
+    int,
+    Meta(
+        ge=0,
+        le=MAX_TOKENS,
+        description="No end token and none of `stop_token_ids` before this many tokens; stop strings still count.",
+    ),
+]
+BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
+BadWords = Annotated[
+    list[BadWord],
+    Meta(
+        max_length=MAX_BAD_WORDS,
+        description="Words kept out of the answer, as the tokenizer writes them with and without a space before.",
+    ),
+]
+AllowedTokenIds = Annotated[
+    list[TokenId],
+    Meta(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, description="Sample no other token, the end token included."),
+]
 NumLogprobs = Annotated[
     int, Meta(ge=0, le=MAX_LOGPROBS, description="Report the sampled token's log-probability and this many likeliest.")
 ]
@@ -73,6 +124,14 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    typical_p: float | None = None
+    logit_bias: Mapping[int, float] = {}
+    min_tokens: int = 0
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     include_stop: bool = False

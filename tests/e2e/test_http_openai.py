@@ -59,8 +59,8 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model=MODEL, prompt="x", presence_penalty=1)
-    assert (refused.value.param, refused.value.code) == ("presence_penalty", "unsupported_parameter")
+        client.completions.create(model=MODEL, prompt="x", suffix="y")
+    assert (refused.value.param, refused.value.code) == ("suffix", "unsupported_parameter")
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="x")
     with pytest.raises(openai.InternalServerError):

@@ -16,7 +16,7 @@ from llmserve.errors import LLMServeError
 from llmserve.server.http.errors import ERROR_TABLE
 from llmserve.server.http.schemas import ChatBody, CompletionBody
 from llmserve.server.http.support import _neutral_fields
-from tests.service.scripted import MAX_MODEL_LEN, Server, says
+from tests.service.scripted import MAX_MODEL_LEN, TOKENIZER, Server, ids_of, says
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -55,10 +55,27 @@ def test_table_is_total() -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
-        ({"frequency_penalty": 0.1}, "frequency_penalty"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"min_tokens": 2}, "min_tokens"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": -2.1}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"typical_p": 1.1}, "typical_p"),
+        ({"logit_bias": {"5": "much"}}, "logit_bias[...]"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"word": 1}}, "logit_bias"),
+        ({"logit_bias": {str(10**6): 1}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+        ({"min_tokens": MAX_MODEL_LEN}, "min_tokens"),
+        ({"bad_words": [""]}, "bad_words[0]"),
+        ({"bad_words": ["a", " "]}, "bad_words[1]"),
+        ({"bad_words": "a"}, "bad_words"),
+        ({"bad_words": ["a"] * 129}, "bad_words"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [TOKENIZER.eos_id], "min_tokens": 1}, "allowed_token_ids"),
+        ({"allowed_token_ids": ids_of("a"), "bad_words": ["a"]}, "allowed_token_ids"),
         ({"tools": [{}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"priority": True}, "priority"),

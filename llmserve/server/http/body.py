@@ -16,7 +16,7 @@ from llmserve.errors import ClientDisconnected, InvalidRequest
 from llmserve.server.http.errors import BodyTooLarge
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
-_LOCATION = re.compile(r"^(?P<what>.*) - at `(?:key in )?\$\.?(?P<where>.*)`$", re.DOTALL)
+_LOCATION = re.compile(r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<where>.*)`$", re.DOTALL)
 _UNKNOWN_FIELD = re.compile(r"^Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
 _MISSING_FIELD = re.compile(r"^Object missing required field `(?P<name>.*)`$", re.DOTALL)
 _CONTENT_TYPE = re.compile(r"^messages\[\d+\]\.content\[\d+\]\.type$")

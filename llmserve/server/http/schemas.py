@@ -69,6 +69,14 @@ class GenerationBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     top_p: options.TopP | None = None
     top_k: options.TopK | None = None
     min_p: options.MinP | None = None
+    typical_p: options.TypicalP | None = None
+    repetition_penalty: options.RepetitionPenalty | None = None
+    frequency_penalty: options.FrequencyPenalty | None = None
+    presence_penalty: options.PresencePenalty | None = None
+    logit_bias: options.LogitBias | None = None
+    bad_words: options.BadWords | None = None
+    allowed_token_ids: options.AllowedTokenIds | None = None
+    min_tokens: options.MinTokens | None = None
     n: options.NumChoices | None = None
     seed: options.Seed | None = None
     stop: options.StopString | options.StopStrings | None = None
@@ -87,14 +95,6 @@ class GenerationBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         _described("Names the request in the answer, its headers and the log."),
     ] = None
 
-    frequency_penalty: Annotated[float | None, neutral(0)] = None
-    presence_penalty: Annotated[float | None, neutral(0)] = None
-    repetition_penalty: Annotated[float | None, neutral(1)] = None
-    typical_p: Annotated[float | None, neutral(1)] = None
-    logit_bias: Annotated[Json, neutral({})] = None
-    min_tokens: Annotated[int | None, neutral(0)] = None
-    bad_words: Annotated[list[Json] | None, neutral([])] = None
-    allowed_token_ids: Annotated[list[Json] | None, neutral()] = None
     priority: Annotated[int | None, neutral(0)] = None
     response_format: Annotated[Json, neutral({"type": "text"})] = None
     structured_outputs: Annotated[Json, neutral()] = None
