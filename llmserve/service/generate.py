@@ -104,14 +104,17 @@ class Generation:
             bad_words=self._bad_words,
             default_max_tokens=default_max_tokens,
         )
+        # Never the client's own id: two requests in flight may bear the same.
+        request_ids = [uuid4().hex for _ in range(options.n)]
         return [
             _Run(
                 Choice(number * options.n + j, text.tokenizer, options),
                 Request(
-                    # Never the client's own id: two requests in flight may bear the same.
-                    request_id=uuid4().hex,
+                    request_id=request_ids[j],
                     prompt_token_ids=prompt.token_ids,
                     sampling=for_choice(sampling, j),
+                    arrival_s=self.arrival_s,
+                    parent_id=request_ids[0] if j else None,
                 ),
             )
             for j in range(options.n)

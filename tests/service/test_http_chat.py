@@ -76,7 +76,9 @@ def test_n_choices_have_derived_seeds() -> None:
     server = Server(says("abc"))
     body = server.chat(n=3, seed=2**63 - 1).json()
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
-    assert [request.sampling.seed for request in server.client.requests] == [2**63 - 1, 2**63, 2**63 + 1]
+    requests = server.client.requests
+    assert [request.sampling.seed for request in requests] == [2**63 - 1, 2**63, 2**63 + 1]
+    assert [request.parent_id for request in requests] == [None, *[requests[0].request_id] * 2]
     assert body["usage"]["completion_tokens"] == 12
 
 
