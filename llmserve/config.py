@@ -96,6 +96,8 @@ class EngineConfig:
     """0: sized from the free memory."""
     num_threads: int = 0
     exact: bool = False
+    step_lease: bool = True
+    """Take turns, step by step, with other engines of this user on the same cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

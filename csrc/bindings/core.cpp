@@ -1,7 +1,8 @@
-// Binds TensorView, ProgressCell and Philox.
+// Binds TensorView, ProgressCell, StepLease and Philox.
 #include "bindings/bindings.h"
 #include "core/philox.h"
 #include "core/progress.h"
+#include "core/step_lease.h"
 #include "core/thread_pool.h"
 
 namespace llmserve {
@@ -39,7 +40,18 @@ void bind_core(py::module_& module) {
       .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("create"))
       .def("bump", &ProgressCell::bump)
       .def_property_readonly("value", &ProgressCell::value)
+      .def_property_readonly("moved_s", &ProgressCell::moved_s)
+      .def("take", &ProgressCell::take)
+      .def("abandon", &ProgressCell::abandon, py::arg("num_requests"))
       .def_property("abort", &ProgressCell::abort, &ProgressCell::set_abort);
+
+  py::class_<StepLease, std::shared_ptr<StepLease>>(module, "StepLease", "Turns of several engines on the same cores.")
+      .def(py::init<const std::string&, std::vector<int>, std::shared_ptr<ProgressCell>, double>(), py::arg("path"),
+           py::kw_only(), py::arg("cores") = std::vector<int>{}, py::arg("watched") = py::none(),
+           py::arg("patience_s") = 2.0)
+      .def("__enter__", &StepLease::acquire, py::call_guard<py::gil_scoped_release>())
+      .def("__exit__", [](StepLease& self, const py::args&) { self.release(); })
+      .def_property_readonly("held", &StepLease::held);
 
   module.def("num_available_cores", &num_available_cores, "Cores this process may run on.");
   module.def(

@@ -15,13 +15,19 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 
 from llmserve.client import wire
 from llmserve.client.loop import drive
+from llmserve.client.runtime_dir import runtime_dir
+from llmserve.config import EngineConfig
 from llmserve.engine.engine import Engine
 from llmserve.errors import LLMServeError
+
+if TYPE_CHECKING:
+    from llmserve._C import ProgressCell
 
 _PR_SET_PDEATHSIG = 1
 _FAREWELL_MS = 5000
@@ -93,11 +99,11 @@ def main() -> int:
     _die_with(int(sys.argv[2]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(message)s", stream=sys.stderr)
     link = Link(Path(sys.argv[1]))
-    engine = _load(link)
-    if engine is not None:
-        _serve(engine, link)
+    loaded = _load(link)
+    if loaded is not None:
+        _serve(*loaded, link)
     link.close()
-    return 0 if engine is not None else 2
+    return 0 if loaded is not None else 2
 
 
 def _die_with(parent_pid: int) -> None:
@@ -108,14 +114,14 @@ def _die_with(parent_pid: int) -> None:
         sys.exit(0)
 
 
-def _load(link: Link) -> Engine | None:
-    """The engine, or None after telling the frontend why not."""
+def _load(link: Link) -> tuple[Engine, ProgressCell] | None:
+    """The engine and what it shows its progress in, or None after telling the frontend why not."""
     try:
         from llmserve.engine.loader import load_engine
 
         config = wire.decode_config(sys.argv[3])
         engine = load_engine(config, progress=lambda phase, done, total: link.send(wire.Progress(phase, done, total)))
-        _attach_progress(engine, Path(sys.argv[1]))
+        cell = _attach(engine, config, Path(sys.argv[1]))
     except Exception as error:  # noqa: BLE001  # whatever it is, the frontend must learn of it
         if not isinstance(error, LLMServeError):
             _log.exception("loading failed")
@@ -123,23 +129,31 @@ def _load(link: Link) -> Engine | None:
         link.send(wire.Failed(" ".join(reason.split()), wire.error_kind(error)))
         link.wait_for_farewell()
         return None
-    return engine
+    return engine, cell
 
 
-def _attach_progress(engine: Engine, endpoint: Path) -> None:
-    from llmserve._C import ProgressCell
+def _attach(engine: Engine, config: EngineConfig, endpoint: Path) -> ProgressCell:
+    """Give the engine what it shares with other processes: its progress with the frontend, the cores with engines."""
+    from llmserve._C import ProgressCell, StepLease
 
-    engine.attach_progress(ProgressCell(str(endpoint.with_suffix(".progress")), True))
+    cell = ProgressCell(str(endpoint.with_suffix(".progress")), True)
+    engine.attach_progress(cell)
+    if config.step_lease:
+        try:
+            engine.attach_lease(StepLease(str(runtime_dir() / "step-lease"), watched=cell))
+        except (OSError, RuntimeError) as error:
+            _log.warning("engines on these cores do not take turns: %s", error)
+    return cell
 
 
-def _serve(engine: Engine, link: Link) -> None:
+def _serve(engine: Engine, cell: ProgressCell, link: Link) -> None:
     """The loop. Garbage is collected while it sleeps; steps make no cycles, so none piles up between."""
     link.watch_sigterm()
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GC_THRESHOLD)
     link.send(wire.Ready(engine.info))
-    drive(engine, link.receive, link.send, on_idle=_collect_garbage)
+    drive(engine, link.receive, link.send, on_idle=_collect_garbage, on_taken=cell.take)
 
 
 def _collect_garbage() -> None:

@@ -77,13 +77,23 @@ class EngineChild:
         with contextlib.suppress(zmq.Again):
             self._outbox.send(wire.encode(message), zmq.NOBLOCK)
 
-    def progress(self) -> int:
-        """The child's progress counter; 0 before it has one."""
+    def moved_s(self) -> float:
+        """When the engine last moved inside a step, by its own account: monotonic seconds, 0 before it did."""
+        cell = self._cell()
+        return cell.moved_s if cell is not None else 0.0
+
+    def abandon(self, num_requests: int) -> None:
+        """Nobody waits for the first requests sent to this child: it may leave a step that computes no other."""
+        cell = self._cell()
+        if cell is not None:
+            cell.abandon(num_requests)
+
+    def _cell(self) -> ProgressCell | None:
         if self._progress_cell is None and self._progress_path.exists():
             from llmserve._C import ProgressCell
 
             self._progress_cell = ProgressCell(str(self._progress_path), False)
-        return self._progress_cell.value if self._progress_cell is not None else 0
+        return self._progress_cell
 
     def kill(self) -> None:
         """End the process now."""
@@ -110,6 +120,7 @@ class EngineChild:
         self._loop.remove_reader(self._inbox_fd)
         self._inbox.close(linger=0)
         self._outbox.close(linger=0)
+        self._progress_path.unlink(missing_ok=True)
         self._exited.set()
         self._on_exit(exit_code)
 

@@ -1,7 +1,9 @@
 """The frontend's half of the talk with one engine: open streams, unanswered commands, last statistics.
 
 Invariants: a request has an entry from `submit` until its terminal output or `fail_all`, also when its reader has
-left; every stream ends once. All methods run on one event loop.
+left or its deadline has passed; every stream ends once, at its deadline at the latest, whatever the engine does. When
+no open request has a reader left, the engine is told to leave the step that it computes. All methods run on one event
+loop; timers exist only while requests with deadlines do.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Self
 
+from llmserve.client.load import QueueLoad
 from llmserve.client.wire import Abort, Control, ControlReply, StepMessage, Submit, ToEngine, restore_error
 from llmserve.errors import InvalidRequest, LLMServeError
-from llmserve.types import EngineStats, Output, Request
+from llmserve.types import EngineInfo, EngineStats, Output, Request
 
 
 class RequestStream:
     """The outputs of one request, as `client.protocol.OutputStream` says."""
 
-    __slots__ = ("_abort", "_error", "_left", "_outputs", "_request_id", "_waiter", "ended")
+    __slots__ = ("_abort", "_error", "_left", "_outputs", "_request_id", "_waiter", "deadline", "ended", "wanted")
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
         self._request_id = request_id
@@ -31,9 +34,14 @@ class RequestStream:
         self._left = False
         self.ended = False
         """Whether nothing more will arrive."""
+        self.wanted = True
+        """False once its reader has left or its deadline has passed."""
+        self.deadline: asyncio.TimerHandle | None = None
 
     def push(self, output: Output) -> None:
-        """Take an output from the engine."""
+        """Take an output; after the last one they are dropped."""
+        if self.ended:
+            return
         self.ended = output.finish_reason is not None
         if not self._left:
             self._outputs.append(output)
@@ -41,6 +49,8 @@ class RequestStream:
 
     def fail(self, error: LLMServeError) -> None:
         """End the stream with an error, after the outputs that have arrived."""
+        if self.ended:
+            return
         self.ended = True
         self._error = error
         self._wake()
@@ -81,11 +91,16 @@ class RequestStream:
 class Exchange:
     """Matches what an engine says to who asked."""
 
-    def __init__(self, send: Callable[[ToEngine], None]) -> None:
+    def __init__(self, send: Callable[[ToEngine], None], abandon: Callable[[int], None] = lambda num: None) -> None:
+        """`abandon(n)` is called when nobody waits for the first n requests sent to this engine any more."""
         self._send = send
         self._streams: dict[str, RequestStream] = {}
         self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._num_controls = 0
+        self._abandon = abandon
+        self._num_sent = 0
+        self._num_wanted = 0
+        self._load = QueueLoad()
         self.stats = EngineStats()
         self.last_message_s = time.monotonic()
         """When the engine last finished a step, or stopped being idle."""
@@ -95,20 +110,55 @@ class Exchange:
         """Whether the engine holds a request."""
         return bool(self._streams)
 
+    def check_capacity(self, info: EngineInfo | None) -> None:
+        """Raise `Overloaded` when the engine would refuse one more request."""
+        if info is not None:
+            self._load.check(info, self.stats, num_open=self._num_wanted)
+
     def submit(self, request: Request) -> RequestStream:
         """Send a request. Raises `InvalidRequest` when its id is in use."""
-        if request.request_id in self._streams:
-            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+        request_id = request.request_id
+        if request_id in self._streams:
+            raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
         if not self._streams:
             self.last_message_s = time.monotonic()
         self._send(Submit(request))
-        stream = self._streams[request.request_id] = RequestStream(request.request_id, self.abort)
+        self._num_sent += 1
+        self._num_wanted += 1
+        stream = self._streams[request_id] = RequestStream(request_id, self.abort)
+        if request.deadline_s is not None:
+            left_s = max(0.0, request.deadline_s - time.monotonic())
+            stream.deadline = asyncio.get_running_loop().call_later(left_s, self._expire, request_id)
         return stream
 
     def abort(self, request_id: str) -> None:
         """End a request; unknown and ended ids are ignored."""
-        if request_id in self._streams:
+        stream = self._streams.get(request_id)
+        if stream is not None:
             self._send(Abort([request_id]))
+            self._release(stream)
+
+    def abandon_all(self) -> None:
+        """Nobody waits for anything any more: the engine may leave its step."""
+        self._abandon(self._num_sent)
+
+    def _expire(self, request_id: str) -> None:
+        """The deadline has passed. The engine sees that by itself, but perhaps only at the end of a long step."""
+        stream = self._streams.get(request_id)
+        if stream is not None and stream.wanted:
+            stream.push(Output(request_id=request_id, finish_reason="deadline"))
+            self.abort(request_id)
+
+    def _release(self, stream: RequestStream) -> None:
+        """Nobody waits for this stream any more."""
+        if not stream.wanted:
+            return
+        stream.wanted = False
+        if stream.deadline is not None:
+            stream.deadline.cancel()
+        self._num_wanted -= 1
+        if not self._num_wanted:
+            self._abandon(self._num_sent)
 
     async def control(self, command: str, args: dict[str, Any]) -> dict[str, Any]:
         """Run an engine command. Raises what the engine raised."""
@@ -134,14 +184,18 @@ class Exchange:
             if stream is None:
                 continue
             stream.push(output)
-            if stream.ended:
+            if output.finish_reason is not None:
                 del self._streams[output.request_id]
+                self._load.note_end()
+                self._release(stream)
 
     def fail_all(self, error: LLMServeError) -> None:
         """The engine is gone: end every stream and command."""
         streams, self._streams = self._streams, {}
         replies, self._replies = self._replies, {}
+        self._num_sent = 0
         for stream in streams.values():
+            self._release(stream)
             stream.fail(error)
         for reply in replies.values():
             if not reply.done():

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmserve.client import wire
 from llmserve.client.exchange import Exchange, RequestStream
@@ -23,6 +23,9 @@ from llmserve.engine.engine import Engine
 from llmserve.engine.loader import load_engine
 from llmserve.errors import EngineDied, LLMServeError, NotReady
 from llmserve.types import EngineInfo, EngineStats, Request
+
+if TYPE_CHECKING:
+    from llmserve._C import ProgressCell
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +38,8 @@ class InprocClient:
     ) -> None:
         self._load: Callable[[], Engine] = lambda: load_engine(config, progress=on_progress)
         self._inbox: queue.SimpleQueue[wire.ToEngine] = queue.SimpleQueue()
-        self._exchange = Exchange(self._inbox.put)
+        self._cell: ProgressCell | None = None
+        self._exchange = Exchange(self._inbox.put, self._abandon)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop
         self._started: asyncio.Future[EngineInfo]
@@ -53,7 +57,8 @@ class InprocClient:
 
     @property
     def last_progress_s(self) -> float:
-        return self._exchange.last_message_s
+        moved_s = self._cell.moved_s if self._cell is not None else 0.0
+        return max(moved_s, self._exchange.last_message_s)
 
     async def start(self) -> EngineInfo:
         """Load the model; raises what loading raised."""
@@ -66,10 +71,15 @@ class InprocClient:
             self._thread.start()
         return await asyncio.shield(self._started)
 
+    def check_capacity(self) -> None:
+        """Raise `Overloaded` when `submit` would."""
+        self._exchange.check_capacity(self.info)
+
     def submit(self, request: Request) -> RequestStream:
-        """Send a request. Raises `NotReady`, and `InvalidRequest` for an id in use."""
+        """Send a request. Raises `NotReady`, `Overloaded`, and `InvalidRequest` for an id in use."""
         if self.state != "ready":
             raise NotReady(f"the engine is {self.state}")
+        self.check_capacity()
         return self._exchange.submit(request)
 
     async def abort(self, request_id: str) -> None:
@@ -85,6 +95,7 @@ class InprocClient:
         """End the loop; streams still open end with `abort`."""
         if self._thread is not None:
             self._inbox.put(wire.Shutdown())
+            self._exchange.abandon_all()
             await self._ended.wait()
             self._thread = None
 
@@ -92,7 +103,8 @@ class InprocClient:
         error: Exception | None = None
         try:
             engine: DrivenEngine = self._announce(self._load())
-            drive(engine, self._receive, self._tell, on_idle=lambda: None)
+            assert self._cell is not None
+            drive(engine, self._receive, self._tell, on_idle=lambda: None, on_taken=self._cell.take)
         except Exception as failure:  # noqa: BLE001  # the thread's last words; the loop's side raises it
             if not isinstance(failure, LLMServeError):
                 _log.exception("engine thread ended")
@@ -101,8 +113,16 @@ class InprocClient:
             self._loop.call_soon_threadsafe(self._finish, error)
 
     def _announce(self, engine: Engine) -> Engine:
+        from llmserve._C import ProgressCell
+
+        self._cell = ProgressCell("", True)
+        engine.attach_progress(self._cell)
         self._tell(wire.Ready(engine.info))
         return engine
+
+    def _abandon(self, num_requests: int) -> None:
+        if self._cell is not None:
+            self._cell.abandon(num_requests)
 
     def _tell(self, message: wire.FromEngine) -> None:
         self._loop.call_soon_threadsafe(self._take, message)

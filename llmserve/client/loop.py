@@ -44,9 +44,17 @@ class Receive(Protocol):
 
 
 def drive(
-    engine: DrivenEngine, receive: Receive, send: Callable[[FromEngine], None], *, on_idle: Callable[[], None]
+    engine: DrivenEngine,
+    receive: Receive,
+    send: Callable[[FromEngine], None],
+    *,
+    on_idle: Callable[[], None],
+    on_taken: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until a `Shutdown` arrives. `on_idle` is called before the loop goes to sleep."""
+    """Serve until a `Shutdown` arrives.
+
+    `on_idle` is called before the loop goes to sleep, `on_taken` once for each request, before a step computes it.
+    """
     while True:
         if not engine.has_work:
             on_idle()
@@ -55,6 +63,8 @@ def drive(
                 engine.abort_all()
                 _step(engine, send)
                 return
+            if isinstance(message, Submit):
+                on_taken()
             _handle(engine, message, send)
         _step(engine, send)
 

@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import zmq
@@ -22,12 +18,12 @@ from llmserve.client import wire
 from llmserve.client.child import EngineChild
 from llmserve.client.exchange import Exchange, RequestStream
 from llmserve.client.protocol import ClientState
+from llmserve.client.runtime_dir import FrontendFolder
 from llmserve.config import EngineConfig
 from llmserve.errors import EngineDied, LLMServeError, NotReady
 from llmserve.types import EngineInfo, EngineStats, Request
 
 _log = logging.getLogger(__name__)
-_MAX_FOLDER_CHARS = 64  # a Unix socket's path has 107 at most
 _FIRST_DELAY_S = 0.5
 _MAX_DELAY_S = 30.0
 
@@ -45,14 +41,13 @@ class ProcessClient:
         self._config = config
         self._on_progress = on_progress
         self._stop_timeout_s = stop_timeout_s
-        self._exchange = Exchange(self._send)
+        self._exchange = Exchange(self._send, self._abandon)
         self._child: EngineChild | None = None
         self._started: asyncio.Future[EngineInfo] | None = None
         self._restart: asyncio.TimerHandle | None = None
         self._load_error: LLMServeError | None = None
         self._num_children = 0
         self._num_useless = 0
-        self._progress_seen = (0, 0.0)
         self.state: ClientState = "stopped"
         self.info: EngineInfo | None = None
         self.num_restarts = 0
@@ -73,21 +68,16 @@ class ProcessClient:
 
     @property
     def last_progress_s(self) -> float:
-        """When the engine was last seen to progress: a finished step, or its counter moved since the last look."""
-        seen, since_s = self._progress_seen
-        value = self._child.progress() if self._child is not None else 0
-        if value != seen:
-            since_s = time.monotonic()
-            self._progress_seen = value, since_s
-        return max(since_s, self._exchange.last_message_s)
+        """When the engine last finished a step, moved inside one, or stopped being idle."""
+        moved_s = self._child.moved_s() if self._child is not None else 0.0
+        return max(moved_s, self._exchange.last_message_s)
 
     async def start(self) -> EngineInfo:
         """Load the model in a child; raises what loading raised, or `EngineDied`. May be called again after `stop`."""
         if self._started is not None:
             return await asyncio.shield(self._started)
         self.state = "starting"
-        base = None if len(tempfile.gettempdir()) <= _MAX_FOLDER_CHARS else "/tmp"
-        self._folder = Path(tempfile.mkdtemp(prefix="llmserve-", dir=base))  # mode 0700
+        self._folder = FrontendFolder()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._started = asyncio.get_running_loop().create_future()
         self._spawn()
@@ -97,10 +87,15 @@ class ProcessClient:
             await self.stop()
             raise
 
+    def check_capacity(self) -> None:
+        """Raise `Overloaded` when `submit` would."""
+        self._exchange.check_capacity(self.info)
+
     def submit(self, request: Request) -> RequestStream:
-        """Send a request. Raises `NotReady`, and `InvalidRequest` for an id in use."""
+        """Send a request. Raises `NotReady`, `Overloaded`, and `InvalidRequest` for an id in use."""
         if self.state != "ready":
             raise NotReady(f"the engine is {self.state}")
+        self.check_capacity()
         return self._exchange.submit(request)
 
     async def abort(self, request_id: str) -> None:
@@ -124,6 +119,7 @@ class ProcessClient:
         if self._child is not None:
             if not was_ready:  # it reads no messages while it loads
                 self._child.kill()
+            self._exchange.abandon_all()
             await self._child.stop(self._stop_timeout_s)
         if self._started is not started:
             return  # another call of stop got here first
@@ -132,16 +128,15 @@ class ProcessClient:
             started.set_exception(EngineDied("the engine was stopped while it loaded"))
             started.exception()  # whoever waits in `start` still gets it; nobody need
         self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()
 
     def _spawn(self) -> None:
         self._restart = None
         self._load_error = None
         self._num_children += 1
-        self._progress_seen = 0, 0.0
         self._child = EngineChild(
             self._config,
-            self._folder / str(self._num_children),
+            self._folder.path / str(self._num_children),
             context=self._context,
             on_message=self._receive,
             on_exit=self._on_exit,
@@ -150,6 +145,10 @@ class ProcessClient:
     def _send(self, message: wire.ToEngine) -> None:
         if self._child is not None:
             self._child.send(message)
+
+    def _abandon(self, num_requests: int) -> None:
+        if self._child is not None:
+            self._child.abandon(num_requests)
 
     def _receive(self, message: wire.FromEngine) -> None:
         if isinstance(message, (wire.StepMessage, wire.ControlReply)):

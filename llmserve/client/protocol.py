@@ -1,7 +1,7 @@
 """The seam above the engine: what every engine client offers, wherever its engine runs.
 
 Invariant: every stream that `submit` returned ends exactly once, either with an `Output` that has a `finish_reason`
-or by raising `EngineDied`.
+or by raising `EngineDied`; one with a deadline ends by then, whatever the engine does.
 """
 
 from __future__ import annotations
@@ -49,13 +49,16 @@ class EngineClient(Protocol):
 
     @property
     def last_progress_s(self) -> float:
-        """`time.monotonic()` at which the engine last progressed, as far as seen; reading it looks again."""
+        """`time.monotonic()` at which the engine last finished a step, moved inside one, or stopped being idle."""
 
     async def start(self) -> EngineInfo:
         """Load the model. Returns when ready; raises what loading raised, or `EngineDied`."""
 
     def submit(self, request: Request) -> OutputStream:
-        """Send a request, at once. Raises `NotReady`, and `InvalidRequest` for an id in use."""
+        """Send a request, at once. Raises `NotReady`, `Overloaded`, and `InvalidRequest` for an id in use."""
+
+    def check_capacity(self) -> None:
+        """Raise `Overloaded` when `submit` would, for whoever wants to know before tokenizing."""
 
     async def abort(self, request_id: str) -> None:
         """End a request with `abort`. Unknown and ended ids are ignored."""

@@ -144,6 +144,12 @@ class Engine:
         if attach is not None:
             attach(cell)
 
+    def attach_lease(self, lease: Any) -> None:
+        """Let the executor compute only while it holds a `_C.StepLease`, if it can."""
+        attach = getattr(self._executor, "attach_lease", None)
+        if attach is not None:
+            attach(lease)
+
     def _check_integrity(self) -> dict[str, Any]:
         try:
             self._kv_cache.check_integrity()

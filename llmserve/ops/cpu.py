@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import cast
@@ -34,6 +35,7 @@ class CpuExecutor:
         self._spec = attention[0].spec
         self._num_layers = len(attention)
         self._output: StepOutput | None = None
+        self._lease: contextlib.AbstractContextManager[bool | None] = contextlib.nullcontext()
 
     def kv_bytes_per_block(self) -> int:
         """Bytes of one block over all layers."""
@@ -53,6 +55,10 @@ class CpuExecutor:
         """Let the program count nodes in `cell` and obey its abort flag."""
         self.program.attach_progress(cell)
 
+    def attach_lease(self, lease: _C.StepLease) -> None:
+        """Compute each step under `lease`, or without it where it is not to be had."""
+        self._lease = lease
+
     def launch(self, step: StepInput) -> None:
         """Run the step in line, after the copies and the zeroing that the block pool has pending.
 
@@ -69,13 +75,15 @@ class CpuExecutor:
             top_ids=np.full((num_rows, num_top), -1, np.int32),
             top_logprobs=np.full((num_rows, num_top), np.nan, np.float32),
         )
-        finished = self.program.run(
-            self.block_pool, step.token_ids, step.positions, step.query_start, step.seq_lens, step.block_tables,
-            step.logit_rows, step.targets, step.temperature, step.top_k, step.top_p, step.min_p, step.seed,
-            step.sample_position, step.num_logprobs,
-            output.token_ids, output.logprobs, output.ranks, output.top_ids, output.top_logprobs,
-            states=cast("Sequence[_C.SamplingState | None]", step.states), mask_rows=step.mask_rows, masks=step.masks,
-        )  # fmt: skip
+        with self._lease:
+            finished = self.program.run(
+                self.block_pool, step.token_ids, step.positions, step.query_start, step.seq_lens, step.block_tables,
+                step.logit_rows, step.targets, step.temperature, step.top_k, step.top_p, step.min_p, step.seed,
+                step.sample_position, step.num_logprobs,
+                output.token_ids, output.logprobs, output.ranks, output.top_ids, output.top_logprobs,
+                states=cast("Sequence[_C.SamplingState | None]", step.states),
+                mask_rows=step.mask_rows, masks=step.masks,
+            )  # fmt: skip
         if not finished:
             raise InterruptedError("the step was aborted")
         self._output = output
