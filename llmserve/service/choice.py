@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llmserve.errors import DeadlineExceeded, EngineFault
+from llmserve.client.wire import restore_error
+from llmserve.errors import DeadlineExceeded
 from llmserve.service.options import RequestOptions
 from llmserve.text import Detokenizer, Tokenizer
 from llmserve.types import Output, TokenLogprob
@@ -53,7 +54,7 @@ class Choice:
     def push(self, output: Output) -> Delta | None:
         """Take what a step produced; None while all of it must be held back.
 
-        Raises EngineFault and DeadlineExceeded for outputs that end the sequence without an answer.
+        Raises DeadlineExceeded, and the error an output names, when it ends the sequence without an answer.
         """
         ids = output.token_ids
         self.num_tokens += len(ids)
@@ -84,7 +85,7 @@ class Choice:
             return self._finish(text, reason, named)
         if reason == "deadline":
             raise DeadlineExceeded(output.error or "the request's deadline passed")
-        raise EngineFault(output.error or f"the engine ended the request with {reason!r}")
+        raise restore_error(output.error or f"the engine ended the request with {reason!r}", output.error_kind)
 
     def _finish(self, text: str, reason: Literal["stop", "length"], stop_reason: str | int | None) -> Delta:
         self.finished = True

@@ -114,6 +114,9 @@ class Generation:
                     prompt_token_ids=prompt.token_ids,
                     sampling=for_choice(sampling, j),
                     arrival_s=self.arrival_s,
+                    priority=options.priority,
+                    cache_salt=options.cache_salt,
+                    deadline_s=None if options.deadline_ms is None else self.arrival_s + options.deadline_ms * 1e-3,
                     parent_id=request_ids[0] if j else None,
                 ),
             )

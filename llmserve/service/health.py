@@ -6,10 +6,12 @@ long prefill keeps moving the progress counter and stays ready; a frozen engine 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 
 from llmserve.client.protocol import EngineClient
+from llmserve.errors import LLMServeError
 from llmserve.service.in_flight import InFlight
 
 
@@ -44,9 +46,25 @@ class Health:
         if state != "ready":
             return Readiness(False, _STATE_REASONS.get(state, f"the engine is {state}"))
         if self._client.is_busy:
-            # Work that has just come in must not be held against an engine that was idle for long.
-            moved_s = max(self._client.last_progress_s, self._in_flight.busy_since_s)
-            stalled_s = time.monotonic() - moved_s
+            stalled_s = time.monotonic() - self._client.last_progress_s
             if stalled_s > self._progress_timeout_s:
                 return Readiness(False, f"the engine is busy and made no progress for {stalled_s:.1f} s")
         return Readiness(True)
+
+    async def probe(self) -> Readiness:
+        """As `check`, but an idle engine must answer first: that nothing is to be done says not that it could.
+
+        Takes as long as the engine does, the progress timeout at most.
+        """
+        readiness = self.check()
+        if not readiness.ready or self._client.is_busy:
+            return readiness
+        try:
+            async with asyncio.timeout(self._progress_timeout_s):
+                await self._client.control("stats")
+        except TimeoutError:
+            if not self._client.is_busy:
+                return Readiness(False, f"the idle engine did not answer within {self._progress_timeout_s:g} s")
+        except LLMServeError:
+            pass  # it ended meanwhile: its state says so
+        return self.check()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterator
 
 from llmserve.errors import LLMServeError, NotReady
@@ -41,8 +40,6 @@ class InFlight:
         self._tickets: set[Ticket] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self.busy_since_s = time.monotonic()
-        """When the set last became non-empty, monotonic seconds."""
         self.draining = False
 
     def __len__(self) -> int:
@@ -57,7 +54,6 @@ class InFlight:
         assert task is not None, "requests are served by tasks"
         ticket = Ticket(task)
         if not self._tickets:
-            self.busy_since_s = time.monotonic()
             self._idle.clear()
         self._tickets.add(ticket)
         try:

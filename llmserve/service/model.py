@@ -99,10 +99,11 @@ class ServedModel:
             raise ModelNotFound(f"the model {name!r} does not exist; this server has {self.name!r}")
 
     def check_accepting(self) -> None:
-        """Raise NotReady when a request would have nobody to serve it."""
+        """Raise NotReady when a request would have nobody to serve it, Overloaded when it would find the queue full."""
         if self._text is None or self.client.state != "ready":
             readiness = self.health.check()
             raise NotReady(readiness.reason or "the model is loading")
+        self.client.check_capacity()
 
     def _engine_state(self) -> tuple[EngineInfo, EngineStats] | None:
         info = self.client.info

@@ -111,6 +111,22 @@ NumPromptLogprobs = Annotated[
 ]
 
 
+Priority = Annotated[
+    int, Meta(ge=-(2**31), le=2**31 - 1, description="Smaller is served sooner; 0 when absent. Waiting counts as well.")
+]
+CacheSalt = Annotated[
+    str, Meta(min_length=1, max_length=256, description="Share cached prefixes only with requests of the same salt.")
+]
+DeadlineMs = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=86_400_000,
+        description="Time for the whole answer, waiting included: then a 408, or an error event once a stream began.",
+    ),
+]
+
+
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a client asked for, in bounds but without the model's defaults."""
 
@@ -138,3 +154,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Leave the stop string or stop token in the text."""
     skip_special: bool = True
     """Leave control tokens out of the text."""
+    priority: int = 0
+    cache_salt: str = ""
+    deadline_ms: int | None = None
+    """From the request's arrival."""

@@ -13,6 +13,7 @@ import msgspec
 
 from llmserve.client.protocol import ClientState
 from llmserve.config import ServerConfig
+from llmserve.errors import Overloaded
 from llmserve.server.http.app import create_app
 from llmserve.service.model import ModelText, ServedModel
 from llmserve.text import Tokenizer, load_chat_template, load_tokenizer
@@ -170,6 +171,8 @@ class ScriptedClient:
         self.is_busy = False
         self.last_progress_s = time.monotonic()
         self.start_error: Exception | None = None
+        self.full: Overloaded | None = None
+        self.frozen = False
 
     async def start(self) -> EngineInfo:
         if self.start_error is not None:
@@ -185,10 +188,16 @@ class ScriptedClient:
         self.num_open += 1
         return ScriptedStream(self, request)
 
+    def check_capacity(self) -> None:
+        if self.full is not None:
+            raise self.full
+
     async def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
 
     async def control(self, command: str, **args: Any) -> dict[str, Any]:
+        if self.frozen:
+            await asyncio.Event().wait()
         return {}
 
     async def stop(self) -> None:

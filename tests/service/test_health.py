@@ -12,11 +12,10 @@ from llmserve.service.in_flight import InFlight
 from tests.service.scripted import ScriptedClient, Server, says
 
 
-def made(*, state: ClientState = "ready", busy: bool = True, quiet_s: float = 0.0, since_s: float = 100.0) -> Health:
+def made(*, state: ClientState = "ready", busy: bool = True, quiet_s: float = 0.0) -> Health:
     client = ScriptedClient(says("a"))
     client.state, client.is_busy, client.last_progress_s = state, busy, time.monotonic() - quiet_s
     in_flight = InFlight()
-    in_flight.busy_since_s = time.monotonic() - since_s
     return Health(client, in_flight, progress_timeout_s=5.0)
 
 
@@ -34,8 +33,13 @@ def test_idle_engine_is_ready_however_long_it_was_idle() -> None:
     assert made(busy=False, quiet_s=1000.0).check().ready
 
 
-def test_work_after_a_long_idle_time_is_no_stall() -> None:
-    assert made(quiet_s=1000.0, since_s=0.1).check().ready
+def test_idle_engine_that_does_not_answer_is_not_ready() -> None:
+    server = Server(says("a"))
+    assert server.get("/readyz").status_code == 200
+    server.client.frozen = True
+    server.model.health = Health(server.client, server.model.in_flight, progress_timeout_s=0.05)
+    answer = server.get("/readyz")
+    assert (answer.status_code, answer.json()["reason"]) == (503, "the idle engine did not answer within 0.05 s")
 
 
 @pytest.mark.parametrize("state", ["starting", "restarting", "stopped"])

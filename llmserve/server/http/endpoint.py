@@ -192,4 +192,7 @@ def common_options(
         num_prompt_logprobs=num_prompt_logprobs,
         include_stop=bool(body.include_stop_str_in_output),
         skip_special=body.skip_special_tokens is not False,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+        deadline_ms=body.deadline_ms,
     )

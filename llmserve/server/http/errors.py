@@ -44,7 +44,7 @@ ERROR_TABLE: dict[type[LLMServeError], ErrorKind] = {
     errors.InvalidRequest: ErrorKind(400, "invalid_request_error", None),
     errors.ModelNotFound: ErrorKind(404, "invalid_request_error", "model_not_found"),
     errors.CheckpointError: ErrorKind(500, "server_error", "checkpoint_error"),
-    errors.Overloaded: ErrorKind(503, "overloaded_error", "overloaded"),
+    errors.Overloaded: ErrorKind(429, "overloaded_error", "overloaded"),
     errors.NotReady: ErrorKind(503, "service_unavailable_error", "not_ready"),
     errors.DeadlineExceeded: ErrorKind(408, "timeout_error", "deadline_exceeded"),
     errors.EngineDied: ErrorKind(503, "service_unavailable_error", "engine_died"),

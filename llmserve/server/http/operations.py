@@ -30,7 +30,7 @@ def operation_routes(model: ServedModel) -> list[Route]:
         return _json({"status": "alive"})
 
     async def readyz(_: Request) -> Response:
-        readiness = model.health.check()
+        readiness = await model.health.probe()
         if readiness.ready:
             return _json({"status": "ready"})
         return _json({"status": "not ready", "reason": readiness.reason}, status=503)

@@ -89,13 +89,15 @@ class GenerationBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_logprobs: options.NumPromptLogprobs | None = None
     stream: Annotated[bool | None, _described("Answer by server-sent events.")] = None
     stream_options: StreamOptions | None = None
+    priority: options.Priority | None = None
+    cache_salt: options.CacheSalt | None = None
+    deadline_ms: options.DeadlineMs | None = None
     return_token_ids: Annotated[bool | None, _described("Report prompt and generated token ids.")] = None
     request_id: Annotated[
         Annotated[str, Meta(pattern="^[\\x21-\\x7e]{1,128}$")] | None,
         _described("Names the request in the answer, its headers and the log."),
     ] = None
 
-    priority: Annotated[int | None, neutral(0)] = None
     response_format: Annotated[Json, neutral({"type": "text"})] = None
     structured_outputs: Annotated[Json, neutral()] = None
     guided_json: Annotated[Json, neutral()] = None
@@ -104,8 +106,6 @@ class GenerationBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     guided_grammar: Annotated[Json, neutral()] = None
     regex: Annotated[Json, neutral()] = None
     truncate_prompt_tokens: Annotated[int | None, neutral()] = None
-    cache_salt: Annotated[str | None, neutral()] = None
-    deadline_ms: Annotated[int | None, neutral()] = None
 
     user: Annotated[Json, IGNORED] = None
     metadata: Annotated[Json, IGNORED] = None
