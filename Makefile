@@ -130,6 +130,14 @@ format: dev ## format Python and C++ in place
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
 HAS_FILES = compgen -G "$(1)" >/dev/null
 
+# PEER: the folder with llama-server, llama-bench and llama-batched-bench; empty builds them into .venv-peers.
+PEER ?= $(LLMSERVE_PEER_LLAMA_CPP)
+BENCH_ARGS ?=
+
+.PHONY: bench
+bench: build ## llmserve and llama.cpp side by side (PEER=DIR: its binaries; else they are built, about 10 minutes)
+	@$(BIN)/python -m benchmarks.peers.llama_cpp $(if $(PEER),--binaries "$(PEER)") --model $(MODEL) $(BENCH_ARGS)
+
 .PHONY: gpu-test
 gpu-test: dev ## tests that need an NVIDIA GPU
 	@if ! $(HAS_GPU); then echo "skipped: no NVIDIA GPU (nvidia-smi finds none)"; \

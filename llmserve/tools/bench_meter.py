@@ -23,11 +23,11 @@ class OthersMeter:
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
-        self._total, self._ours = _busy_s(), _family_s()
+        self._total, self._ours = _busy_s(), family_seconds()
 
     def cores(self) -> float:
         """Cores that others kept busy on average since the start; a hundredth of a second is the finest grain."""
-        others_s = (_busy_s() - self._total) - (_family_s() - self._ours)
+        others_s = (_busy_s() - self._total) - (family_seconds() - self._ours)
         return round(max(0.0, others_s) / max(1e-9, time.monotonic() - self._started_s), 3)
 
 
@@ -50,7 +50,7 @@ def _busy_s() -> float:
     return sum(ticks) / _TICKS_A_SECOND
 
 
-def _family_s() -> float:
+def family_seconds() -> float:
     """Processor time of this process and its descendants, the ended and waited-for included."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
