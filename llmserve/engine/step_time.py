@@ -3,7 +3,9 @@
 The model: time of a step = time of its decodes alone + prefill tokens × time per prefill token. Both parts are medians
 of the last few measurements, so a step that was held up (another process, a page fault, a suspended machine) moves
 neither. The time per prefill token is what a mixed step took beyond its decodes: an error in the decode part is
-absorbed there and the sum stays right. Invariant: estimates are finite and never negative.
+absorbed there and the sum stays right. It is never taken for less than a share of what a token of that step took on
+average, or a few quick steps with small chunks would make prompts look free. Invariant: estimates are finite and never
+negative.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ WINDOW = 11
 """Measurements a median is taken of."""
 MIN_CHUNK_TOKENS = 16
 """Prefill tokens of a step whatever they cost: a prompt always gets on."""
+MIN_TOKEN_SHARE = 0.3
 DECODE_FACTOR = 2.0
 """A target below this multiple of the decodes' own time is raised to it: prefill gets a share of every step."""
 
@@ -35,7 +38,9 @@ class StepTimeModel:
             times.append(seconds)
             self._decode_medians.pop(bucket, None)
         elif num_chunk_tokens >= MIN_CHUNK_TOKENS or not self._token_times:
-            self._token_times.append(max(0.0, seconds - self.decode_s(num_decodes)) / num_chunk_tokens)
+            beyond_decodes = (seconds - self.decode_s(num_decodes)) / num_chunk_tokens
+            average = seconds / (num_decodes + num_chunk_tokens)
+            self._token_times.append(max(beyond_decodes, MIN_TOKEN_SHARE * average))
 
     def decode_s(self, num_decodes: int) -> float:
         """Estimate of a step of so many decodes and nothing else; from the nearest batch size measured."""

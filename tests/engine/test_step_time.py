@@ -41,6 +41,19 @@ def test_follows_a_change_within_a_window() -> None:
     assert model.prefill_token_s == pytest.approx(4 * TOKEN_S)
 
 
+def test_decodes_that_got_quicker_do_not_make_prompts_free() -> None:
+    """Small chunks beside decodes that take less than they were measured to: the difference would be negative."""
+    model = StepTimeModel()
+    for _ in range(12):
+        model.observe(32, 0, 0.200)
+    for _ in range(12):
+        model.observe(32, 16, 0.150)
+    assert model.prefill_token_s == pytest.approx(0.3 * 0.150 / 48)
+    limit = model.max_chunk_tokens(0.050, 32)
+    assert limit is not None
+    assert limit <= 224
+
+
 def test_prefill_always_gets_a_share() -> None:
     model = trained(0.0)
     assert model.max_chunk_tokens(0.001, 8) == MIN_CHUNK_TOKENS
