@@ -72,7 +72,7 @@ class EngineAccuracy(msgspec.Struct, frozen=True, kw_only=True):
     next_token: Error
     """Of the prompt's own next token."""
     same_top_share: float
-    """Positions at which engine and reference hold the same token for the most likely."""
+    """Positions, of those told, at which engine and reference hold the same token for the most likely."""
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +90,7 @@ class Told:
 
     top: float | None
     next: float | None
-    top_id: int
+    top_id: int | None
 
 
 def read_positions(golden: dict[str, Any]) -> list[Position]:
@@ -135,14 +135,17 @@ async def ask_peer(endpoint: Endpoint, positions: Sequence[Position]) -> list[To
             "temperature": 0,
             "post_sampling_probs": False,
             "cache_prompt": False,
-            "ignore_eos": True,  # else an end token's distribution is not told; the raw distribution stays as it is
+            "ignore_eos": True,  # else nothing is told before an end token; what is told is raw all the same
         }
         async with slots:
             request = endpoint.request("POST", "/completion", msgspec.json.encode(body))
             reply = await exchange(endpoint, request, timeout_s=300)
         if reply.failure is not None:
             raise EngineFault(f"{PEER}: {reply.failure}")
-        tops = msgspec.json.decode(reply.body)["completion_probabilities"][0]["top_logprobs"]
+        told = msgspec.json.decode(reply.body).get("completion_probabilities")
+        if not told:  # its token was an incomplete character
+            return Told(None, None, None)
+        tops = told[0]["top_logprobs"]
         found = {top["id"]: top["logprob"] for top in tops}
         return Told(found.get(position.top_id), found.get(position.next_id), tops[0]["id"])
 
