@@ -99,7 +99,7 @@ class BlockPoolTwin:
     def commit(self, handle: int, token_ids: Iterable[int], num_computed: int) -> None:
         table, ids = self._find(handle), list(token_ids)
         num_full = num_computed // self.block_size
-        if num_full > len(table.blocks) or num_computed > len(ids):
+        if self._num_blocks_of(num_computed) > len(table.blocks) or num_computed > len(ids):
             raise ValueError("num_computed: more than the table or the tokens hold")
         if not table.may_commit:
             return

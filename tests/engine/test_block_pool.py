@@ -222,7 +222,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestPoolMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
 def test_refuses_unknown_handles() -> None:
