@@ -54,6 +54,7 @@ class EmbedNode : public Node {
   Value out;
 
   const char* kind() const override { return "embed"; }
+  void check(const StepArrays& arrays) const override;
   int64_t num_items(const Step& step) const override { return step.num_tokens; }
   void run(const Step& step, int64_t item, const Worker& worker) const override;
   size_t scratch_bytes() const override { return static_cast<size_t>(out.columns) * 2 * sizeof(float); }

@@ -36,6 +36,12 @@ void CopyBlocksNode::run(const Step& step, int64_t item, const Worker&) const {
               static_cast<size_t>(step.kv->block_stride()) * sizeof(uint16_t));
 }
 
+void EmbedNode::check(const StepArrays& arrays) const {
+  for (int i = 0; i < arrays.num_tokens; ++i)
+    if (arrays.token_ids[i] < 0 || arrays.token_ids[i] >= table.rows)
+      throw std::invalid_argument("token_ids: " + std::to_string(arrays.token_ids[i]) + " is outside the vocabulary");
+}
+
 void EmbedNode::run(const Step& step, int64_t item, const Worker& worker) const {
   const KernelTable& kernels = *worker.kernels;
   auto* row = reinterpret_cast<float*>(worker.scratch);
@@ -116,6 +122,9 @@ void AttentionNode::run(const Step& step, int64_t item, const Worker& worker) co
 size_t SampleNode::scratch_bytes() const { return sampler_scratch_bytes(logits.columns); }
 
 void SampleNode::check(const StepArrays& arrays) const {
+  for (int row = 0; row < arrays.num_rows; ++row)
+    if (arrays.targets[row] >= logits.columns)
+      throw std::invalid_argument("targets: row " + std::to_string(row) + " is past the vocabulary");
   if (arrays.mask_rows != nullptr && arrays.mask_words != mask_words(logits.columns))
     throw std::invalid_argument("masks: " + std::to_string(mask_words(logits.columns)) + " words a row expected");
   for (int row = 0; arrays.states != nullptr && row < arrays.num_rows; ++row)

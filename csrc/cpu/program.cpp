@@ -105,8 +105,7 @@ void Program::check(const StepArrays& arrays) const {
     throw std::invalid_argument("seq_lens: between 1 and " + std::to_string(limits_.max_num_seqs) + " expected");
   if (arrays.num_rows < 0 || arrays.num_rows > limits_.max_logit_rows)
     throw std::invalid_argument("logit_rows: at most " + std::to_string(limits_.max_logit_rows) + " expected");
-  if (arrays.states != nullptr || arrays.mask_rows != nullptr)
-    for (const auto& node : nodes_) node->check(arrays);
+  for (const auto& node : nodes_) node->check(arrays);
 }
 
 bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
@@ -137,13 +136,13 @@ void Program::walk(int worker) {
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const Node& node = *nodes_[i];
     const int64_t count = node.num_items(step_);
-    for (int64_t item = next_item_[i].fetch_add(1, std::memory_order_relaxed); item < count;
+    for (int64_t item = next_item_[i].fetch_add(1, std::memory_order_relaxed);
+         item < count && !leaves(i, worker == 0 ? progress_.get() : nullptr);
          item = next_item_[i].fetch_add(1, std::memory_order_relaxed))
       node.run(step_, item, self);
     if (worker == 0 && progress_ != nullptr) {
+      leaves(i, progress_.get());
       progress_->bump();
-      if (progress_->abort() && abort_after_.load(std::memory_order_relaxed) == kNever)
-        abort_after_.store(i, std::memory_order_relaxed);
     }
     pool_.barrier();
     if (worker == 0) {
@@ -153,6 +152,15 @@ void Program::walk(int worker) {
     }
     if (abort_after_.load(std::memory_order_relaxed) <= i) return;
   }
+}
+
+bool Program::leaves(size_t node, ProgressCell* progress) {
+  if (progress != nullptr) {
+    progress->touch();
+    if (progress->abort() && abort_after_.load(std::memory_order_relaxed) == kNever)
+      abort_after_.store(node, std::memory_order_relaxed);
+  }
+  return abort_after_.load(std::memory_order_relaxed) <= node;
 }
 
 std::vector<NodeTime> Program::take_times() {

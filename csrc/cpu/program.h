@@ -66,6 +66,8 @@ class Program {
  private:
   static void worker_entry(void* context, int worker);
   void walk(int worker);
+  // Whether the work of a node is in vain. Worker 0 alone brings `progress`: it shows that it moves, and decides.
+  bool leaves(size_t node, ProgressCell* progress);
   void check(const StepArrays& arrays) const;
 
   KernelTable kernels_;

@@ -32,7 +32,8 @@ void Step::record() const {
 
 void Step::prepare_sequence(int seq, const BlockPool& pool, int max_position, int tokens_per_chunk) {
   const int first = query_start[seq], end = query_start[seq + 1];
-  if (end <= first) throw std::invalid_argument("query_start: every sequence needs at least one token");
+  if (end <= first || end > num_tokens)
+    throw std::invalid_argument("query_start: every sequence needs at least one token, within the step");
   const std::vector<int32_t>& table = pool.table(block_tables[seq]);
   tables[static_cast<size_t>(seq)] = table.data();
   const int start = seq_lens[seq] - (end - first);
