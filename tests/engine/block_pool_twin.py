@@ -132,13 +132,14 @@ class BlockPoolTwin:
 
     def truncate(self, handle: int, num_tokens: int) -> None:
         table = self._find(handle)
+        num_kept = self._num_blocks_of(num_tokens)
         num_full, num_rest = divmod(num_tokens, self.block_size)
         if num_rest and num_full < len(table.blocks):
             self._open(table.blocks[num_full])
         del table.prefixes[num_full:]
-        for block in reversed(table.blocks[self._num_blocks_of(num_tokens) :]):
+        for block in reversed(table.blocks[num_kept:]):
             self._drop(block)
-        del table.blocks[self._num_blocks_of(num_tokens) :]
+        del table.blocks[num_kept:]
 
     def release(self, handle: int) -> None:
         for block in reversed(self._find(handle).blocks):
