@@ -32,6 +32,27 @@ MaxModelLen = Annotated[
 ]
 MaxNumSeqs = Annotated[int, typer.Option(min=1, rich_help_panel=_ENGINE, help="Most sequences in one step.")]
 MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, rich_help_panel=_ENGINE, help="Most tokens in one step.")]
+MaxNumWaiting = Annotated[
+    int,
+    typer.Option(min=0, rich_help_panel=_ENGINE, help="Most sequences that wait; more get 429 at once. 0: any number."),
+]
+ItlTarget = Annotated[
+    float,
+    typer.Option(
+        "--itl-target-ms",
+        min=0,
+        rich_help_panel=_ENGINE,
+        help="Time between the tokens of running streams while prompts are computed beside them; 0: no target.",
+    ),
+]
+PrefixCache = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        rich_help_panel=_ENGINE,
+        help="Keep computed blocks for prompts that begin alike.",
+    ),
+]
 KVCacheMemory = Annotated[
     str,
     typer.Option(
@@ -84,6 +105,9 @@ def engine_config(
     max_model_len: int = 0,
     max_num_seqs: int = 128,
     max_num_batched_tokens: int = 512,
+    max_num_waiting: int = 0,
+    itl_target_ms: float = 50.0,
+    prefix_cache: bool = True,
     kv_cache_memory: str = "",
     threads: int = 0,
     exact: bool = False,
@@ -94,6 +118,9 @@ def engine_config(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_num_waiting=max_num_waiting,
+        itl_target_ms=itl_target_ms,
+        enable_prefix_cache=prefix_cache,
         kv_cache_bytes=parse_byte_size(kv_cache_memory, param="--kv-cache-memory") if kv_cache_memory else 0,
         num_threads=threads,
         exact=exact,
