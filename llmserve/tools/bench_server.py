@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -68,8 +69,13 @@ def running_server(
 
 @contextlib.contextmanager
 def _process(command: Sequence[str], log: IO[bytes], env: dict[str, str] | None) -> Iterator[subprocess.Popen[bytes]]:
+    # Also when this process is killed no server must go on using the cores.
+    setpriv = shutil.which("setpriv")
+    guard = [setpriv, "--pdeathsig", "TERM"] if setpriv else []
     try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
+        process = subprocess.Popen(
+            [*guard, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env
+        )
     except OSError as error:
         raise NotReady(f"{command[0]} cannot be run: {(error.strerror or str(error)).lower()}") from error
     try:
