@@ -25,9 +25,11 @@ class ProgressCell {
 
   // Engine: it moved. Notes when, so that a watcher who looks once, and late, still learns the truth.
   void bump() {
-    words_->moved_ns.store(now_ns(), std::memory_order_relaxed);
+    touch();
     words_->progress.fetch_add(1, std::memory_order_relaxed);
   }
+  // Engine: it moved, without a step forward that counts.
+  void touch() { words_->moved_ns.store(now_ns(), std::memory_order_relaxed); }
   uint64_t value() const { return words_->progress.load(std::memory_order_relaxed); }
   // Monotonic clock of the machine, seconds; 0 before the first bump.
   double moved_s() const { return static_cast<double>(words_->moved_ns.load(std::memory_order_relaxed)) * 1e-9; }

@@ -47,7 +47,8 @@ class EngineChild:
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self._on_exit = on_exit
-        self._progress_path = endpoint.with_suffix(".progress")
+        self._paths = [endpoint.with_suffix(suffix) for suffix in (".in", ".out", ".progress")]
+        self._progress_path = self._paths[-1]
         self._progress_cell: ProgressCell | None = None
         self._outbox = _bind(context, zmq.PUSH, endpoint.with_suffix(".in"))
         self._inbox = _bind(context, zmq.PULL, endpoint.with_suffix(".out"))
@@ -120,7 +121,8 @@ class EngineChild:
         self._loop.remove_reader(self._inbox_fd)
         self._inbox.close(linger=0)
         self._outbox.close(linger=0)
-        self._progress_path.unlink(missing_ok=True)
+        for path in self._paths:  # the one that bound a socket leaves its file when the other end was killed
+            path.unlink(missing_ok=True)
         self._exited.set()
         self._on_exit(exit_code)
 
