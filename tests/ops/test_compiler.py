@@ -112,8 +112,8 @@ def test_a_layer_is_seven_nodes(name: str, exact: bool, tmp_path: Path) -> None:
     forward = load_model(open_checkpoint(checkpoints.write(MODELS[name], tmp_path)))
     found = kinds(compile_plan(forward, exact=exact).nodes)
     assert found == {
-        "ZeroBlocksNode": 1, "CopyBlocksNode": 1, "EmbedNode": 1, "NormNode": 2 * layers + 1,
-        "HeadsNode": layers, "AttentionNode": layers, "GemmNode": 3 * layers + 1, "GatherNode": 1, "SampleNode": 1, **_forms(name, layers),
+        "ZeroBlocksNode": 1, "CopyBlocksNode": 1, "EmbedNode": 1, "NormNode": 2 * layers + 1, "HeadsNode": layers,
+        "AttentionNode": layers, "GemmNode": 3 * layers + 1, "GatherNode": 1, "SampleNode": 1, **_forms(name, layers),
     }  # fmt: skip
 
 
