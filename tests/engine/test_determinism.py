@@ -254,6 +254,7 @@ def test_tiny_model(arm: str, tiny: tuple[Recorder, int]) -> None:
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # forty requests one by one, on a machine that may be busy
 @pytest.mark.parametrize("arm", ARMS)
 def test_real_model(arm: str, real: tuple[Recorder, int]) -> None:
     assert_same_bits(ARMS[arm](*real), alone(*real))
