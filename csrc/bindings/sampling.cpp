@@ -35,7 +35,7 @@ std::optional<std::vector<int32_t>> allowed(const SamplingState& state) {
 }
 
 template <typename T>
-auto option(T SamplingOptions::*field) {
+auto option(T SamplingOptions::* field) {
   return [field](const SamplingState& state) { return state.options().*field; };
 }
 

@@ -61,7 +61,8 @@ void SamplingState::check() const {
 
 void SamplingState::check_token(int32_t token_id, const char* name) const {
   if (token_id < 0 || token_id >= vocab_size_)
-    throw std::invalid_argument(std::string(name) + ": token " + std::to_string(token_id) + " is outside the vocabulary");
+    throw std::invalid_argument(std::string(name) + ": token " + std::to_string(token_id) +
+                                " is outside the vocabulary");
 }
 
 SamplingState::Seen& SamplingState::seen(int32_t token_id) {

@@ -120,7 +120,7 @@ static void quantize_group(const float* x, int8_t* codes, GroupMeta* meta) {
   const float scale = usable ? largest / 127.0f : 0.0f;
   int32_t sum = 0;
   for (int i = 0; i < kGroup; ++i) {
-    const bool kept = usable && !(apart && i == at);
+    const bool kept = usable && !(apart && i == at) && x[i] == x[i];  // a NaN has no code
     const int32_t code = static_cast<int32_t>(round_even(kept ? x[i] * inverse : 0.0f));
     codes[i] = static_cast<int8_t>(code);
     sum += code;

@@ -72,7 +72,8 @@ inline void quantize_group_avx512(const float* x, int8_t* codes, GroupMeta* meta
   const __m512 peak = _mm512_set1_ps(first);
   const uint32_t equal = static_cast<uint32_t>(_mm512_cmpeq_ps_mask(low_abs, peak)) |
                          static_cast<uint32_t>(_mm512_cmpeq_ps_mask(high_abs, peak)) << 16;
-  if (equal == 0 || !(first < 1e38f)) return quantize_group(x, codes, meta);  // NaN or infinity
+  const bool numbers = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q) == 0;
+  if (equal == 0 || !numbers || !(first < 1e38f)) return quantize_group(x, codes, meta);  // NaN or infinity
   const uint32_t at = equal & (~equal + 1);
   const auto low_at = static_cast<__mmask16>(at), high_at = static_cast<__mmask16>(at >> 16);
   const __m512 zero = _mm512_setzero_ps();

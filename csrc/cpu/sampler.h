@@ -1,8 +1,8 @@
 // Sampling and log-probabilities of one row of logits.
 //
-// Order: raw log-probabilities first; then bias, penalties and masks (where the row has a state or a mask), temperature,
-// top-k, typical-p, top-p, min-p. Ties go to the smaller token id. The draw is the inverse of the cumulative distribution
-// over the surviving tokens in ascending id order, with the Philox uniform of (seed, position).
+// Order: raw log-probabilities first; then bias, penalties and masks (where the row has a state or a mask),
+// temperature, top-k, typical-p, top-p, min-p. Ties go to the smaller token id. The draw is the inverse of the
+// cumulative distribution over the surviving tokens in ascending id order, with the Philox uniform of (seed, position).
 #pragma once
 
 #include "cpu/step.h"

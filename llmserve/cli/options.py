@@ -63,7 +63,11 @@ Threads = Annotated[
     int, typer.Option(min=0, rich_help_panel=_ENGINE, help="Compute threads; 0: one for each available core.")
 ]
 Exact = Annotated[
-    bool, typer.Option("--exact", rich_help_panel=_ENGINE, help="Activations in BF16, not int8: slower, more precise.")
+    bool,
+    typer.Option("--exact", rich_help_panel=_ENGINE, help="Activations in float32, not int8: slower, more precise."),
+]
+StepLease = Annotated[
+    bool, typer.Option(rich_help_panel=_ENGINE, help="Take turns with other engines that compute on the same cores.")
 ]
 
 MaxTokens = Annotated[int | None, typer.Option(min=1, rich_help_panel=_SAMPLING, help="Most tokens to generate.")]
@@ -111,6 +115,7 @@ def engine_config(
     kv_cache_memory: str = "",
     threads: int = 0,
     exact: bool = False,
+    step_lease: bool = True,
 ) -> EngineConfig:
     """The engine's configuration. Raises `InvalidRequest` for a size that is none."""
     return EngineConfig(
@@ -124,6 +129,7 @@ def engine_config(
         kv_cache_bytes=parse_byte_size(kv_cache_memory, param="--kv-cache-memory") if kv_cache_memory else 0,
         num_threads=threads,
         exact=exact,
+        step_lease=step_lease,
     )
 
 

@@ -90,6 +90,7 @@ def command(
     kv_cache_memory: options.KVCacheMemory = "",
     threads: options.Threads = 0,
     exact: options.Exact = False,
+    step_lease: options.StepLease = True,
 ) -> int:
     """Run the command; see `HELP`."""
     started_s = time.monotonic()
@@ -108,6 +109,7 @@ def command(
             kv_cache_memory=kv_cache_memory,
             threads=threads,
             exact=exact,
+            step_lease=step_lease,
         )
         server = ServerConfig(
             host=host,

@@ -76,6 +76,8 @@ class Compiler:
         for op in self.ops:
             if op not in self._fused:
                 self._lower(op)
+        if not isinstance(self.nodes[-1], n.SampleNode):
+            t.refuse("networks that end in anything but logits")
         attention = [node for node in self.nodes if isinstance(node, n.AttentionNode)]
         _check_attention(attention)
         return Plan(self.nodes, attention)
@@ -93,7 +95,7 @@ class Compiler:
                 self._fused.update(value.producer for value in op.inputs)
             case t.LogitsOp():
                 producer = op.inputs[0].producer
-                if isinstance(producer, t.NormOp) and self._users[producer] == [op]:
+                if isinstance(producer, t.NormOp) and producer.heads is None and self._users[producer] == [op]:
                     self._fused.add(producer)
 
     def _projection(self, value: t.TapeValue) -> Projection:
@@ -238,16 +240,20 @@ class Compiler:
                 biases.append((projection.linear.bias, head * head_dim, head_dim))
         by_kind = dict(parts)
         norms = {kind: projection.norm for kind, projection in parts if projection.norm is not None}
-        ropes = [p.rope.rope for p in by_kind.values() if p.rope is not None]
-        if any(rope is not ropes[0] for rope in ropes) or (n.VALUE in by_kind and by_kind[n.VALUE].rope is not None):
+        # The node has one table for queries and keys: a rotation of only one of them would turn both.
+        ropes = {kind: None if p.rope is None else p.rope.rope for kind, p in by_kind.items()}
+        rope = ropes.get(n.QUERY, ropes.get(n.KEY))
+        if rope is not ropes.get(n.KEY, rope) or ropes.get(n.VALUE) is not None:
             t.refuse("queries and keys rotated differently")
+        if n.VALUE in norms:
+            t.refuse("normalized values")
         if len({norm.eps for norm in norms.values()}) > 1:
             t.refuse("different epsilons in the norms of queries and keys")
         return n.HeadsNode(
             matrix=matrix,
             items=items,
             bias=None if all(bias is None for bias, _, _ in biases) else _tiled(biases),
-            rope=ropes[0] if ropes else None,
+            rope=rope,
             query_norm=norms[n.QUERY].weight if n.QUERY in norms else None,
             key_norm=norms[n.KEY].weight if n.KEY in norms else None,
             norm_eps=next((norm.eps for norm in norms.values()), 0.0),

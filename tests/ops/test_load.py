@@ -71,6 +71,8 @@ def test_an_unknown_architecture_is_named(qwen3: Checkpoint) -> None:
         config = replace(qwen3.config, architecture="perceptron")
         tensors, path, total_bytes = qwen3.tensors, qwen3.path, 0
 
+        def release_pages(self) -> None: ...
+
         def close(self) -> None: ...
 
     with pytest.raises(CheckpointError, match=f"'perceptron' is not supported; supported: {', '.join(CATALOG)}"):

@@ -427,13 +427,13 @@ def run_one(program: _C.Program, pool: _C.BlockPool, step: StepInput) -> tuple[b
     return finished, int(token[0])
 
 
-def test_an_aborted_step_records_nothing_even_when_it_had_sampled(tmp_path: Path) -> None:
+def test_an_aborted_step_records_nothing(tmp_path: Path) -> None:
     program, pool = sampling_only(8)
     cell = _C.ProgressCell(str(tmp_path / "cell"), True)
     program.attach_progress(cell)
     state = _C.SamplingState([3], vocab_size=8, bad_words=[[0]])
     cell.abort = True
-    assert run_one(program, pool, one_row(state, 1)) == (False, 1), "the row was sampled before the abort was seen"
+    assert run_one(program, pool, one_row(state, 1)) == (False, -7), "the abort is seen before the row is sampled"
     assert state.token_ids == [3]
     cell.abort = False
     assert run_one(program, pool, one_row(state, 1)) == (True, 1)
