@@ -106,6 +106,7 @@ check-python: dev
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python scripts/check_size.py
+	@$(BIN)/python -m benchmarks.table --check
 
 .PHONY: check-cpp
 check-cpp: dev

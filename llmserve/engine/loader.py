@@ -26,23 +26,9 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
     Raises `CheckpointError`, `ModelNotFound`, `OutOfMemory`, `ExtensionNotBuilt`, `InvalidRequest` (a bad option).
     """
     started = time.monotonic()
-    if not 1 <= config.max_num_seqs <= config.max_num_batched_tokens:
-        raise InvalidRequest(
-            f"max_num_seqs is {config.max_num_seqs}; it must lie between 1 and max_num_batched_tokens "
-            f"({config.max_num_batched_tokens})",
-            param="max_num_seqs",
-        )
+    scheduler_config = _scheduler_config(config)
     checkpoint = checkpoints.open_checkpoint(config.model_path)
     model = checkpoint.config
-    scheduler_config = SchedulerConfig(
-        max_num_tokens=config.max_num_batched_tokens,
-        max_num_seqs=config.max_num_seqs,
-        max_logit_rows=max(config.max_num_seqs, MIN_LOGIT_ROWS),
-        max_num_waiting=config.max_num_waiting,
-        itl_target_ms=config.itl_target_ms,
-        ageing_s=config.priority_ageing_s,
-        enable_prefix_cache=config.enable_prefix_cache,
-    )
     executor = ops.load(config.device).build(
         model,
         catalog.load_model(checkpoint),
@@ -82,3 +68,21 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
         load_s=time.monotonic() - started,
     )
     return Engine(cast(PagedExecutor, executor), scheduler_config, info)
+
+
+def _scheduler_config(config: EngineConfig) -> SchedulerConfig:
+    if not 1 <= config.max_num_seqs <= config.max_num_batched_tokens:
+        raise InvalidRequest(
+            f"max_num_seqs is {config.max_num_seqs}; it must lie between 1 and max_num_batched_tokens "
+            f"({config.max_num_batched_tokens})",
+            param="max_num_seqs",
+        )
+    return SchedulerConfig(
+        max_num_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_logit_rows=max(config.max_num_seqs, MIN_LOGIT_ROWS),
+        max_num_waiting=config.max_num_waiting,
+        itl_target_ms=config.itl_target_ms,
+        ageing_s=config.priority_ageing_s,
+        enable_prefix_cache=config.enable_prefix_cache,
+    )
