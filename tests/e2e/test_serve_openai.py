@@ -45,7 +45,11 @@ def test_stream_is_the_whole_answer(client: openai.OpenAI) -> None:
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage
+    assert usage is not None and whole.usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens >= 16, "the second request finds the first one's blocks"
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
 
 
@@ -98,8 +102,8 @@ def test_errors_are_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="nosuch"):
         client.completions.create(model="nosuch", prompt="x")
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model="smollm2", prompt="x", frequency_penalty=1.0)
-    assert refused.value.param == "frequency_penalty"
+        client.completions.create(model="smollm2", prompt="x", suffix="y")
+    assert refused.value.param == "suffix"
     with pytest.raises(openai.BadRequestError) as too_long:
         client.completions.create(model="smollm2", prompt="word " * 9000)
     assert too_long.value.code == "context_length_exceeded"
