@@ -46,7 +46,8 @@ def test_stream_is_the_whole_answer(client: openai.OpenAI) -> None:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     usage = chunks[-1].usage
-    assert usage is not None and whole.usage is not None
+    assert usage is not None
+    assert whole.usage is not None
     assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
     assert usage.prompt_tokens_details is not None
     assert usage.prompt_tokens_details.cached_tokens >= 16, "the second request finds the first one's blocks"
