@@ -98,6 +98,8 @@ class EngineConfig:
     exact: bool = False
     step_lease: bool = True
     """Take turns, step by step, with other engines of this user on the same cores."""
+    trace_path: Path | None = None
+    """Where the engine writes what it does, for a trace viewer; a file that is there is continued."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

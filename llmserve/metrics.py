@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from llmserve.types import EngineInfo, EngineStats
+from llmserve.types import EngineInfo, EngineStats, RequestTiming
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
@@ -28,10 +28,12 @@ REQUEST_BUCKETS_S = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
+STEP_TOKEN_BUCKETS = (1.0, *(float(2**e) for e in range(3, 15)))
+"""Tokens of a step: 1, 8, 16, … 16,384."""
 LENGTH_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 """Tokens: 1, 2, 5, 10, … 500,000."""
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "abort", "deadline", "error")
 
 
 class Histogram:
@@ -93,6 +95,33 @@ class Metrics:
             "vllm:request_generation_tokens", "Generated tokens of a sequence.", LENGTH_BUCKETS
         )
 
+        self.queue_time = Histogram(
+            "vllm:request_queue_time_seconds", "From arrival to the first step with it.", REQUEST_BUCKETS_S
+        )
+        self.prefill_time = Histogram(
+            "vllm:request_prefill_time_seconds", "From its first step to the first token.", REQUEST_BUCKETS_S
+        )
+        self.decode_time = Histogram(
+            "vllm:request_decode_time_seconds", "From the first token to the end.", REQUEST_BUCKETS_S
+        )
+        self.inference_time = Histogram(
+            "vllm:request_inference_time_seconds", "From its first step to the end.", REQUEST_BUCKETS_S
+        )
+        self.step_tokens = Histogram("vllm:iteration_tokens_total", "Tokens of a step.", STEP_TOKEN_BUCKETS)
+
+    def note_step(self, stats: EngineStats) -> None:
+        """Take note of a step of the engine."""
+        self.step_tokens.observe(stats.last_step_tokens)
+
+    def note_timing(self, timing: RequestTiming, end_s: float) -> None:
+        """Take note of how long the phases of an answered sequence took; it ended at `end_s`, monotonic."""
+        if timing.scheduled_s:
+            self.queue_time.observe(timing.scheduled_s - timing.arrival_s)
+            self.inference_time.observe(end_s - timing.scheduled_s)
+            self.prefill_time.observe((timing.first_token_s or end_s) - timing.scheduled_s)
+        if timing.first_token_s:
+            self.decode_time.observe(end_s - timing.first_token_s)
+
     def histograms(self) -> tuple[Histogram, ...]:
         """All histograms, in the order of export."""
         return (
@@ -102,6 +131,11 @@ class Metrics:
             self.e2e_latency,
             self.prompt_tokens,
             self.generation_tokens,
+            self.queue_time,
+            self.prefill_time,
+            self.decode_time,
+            self.inference_time,
+            self.step_tokens,
         )
 
     @property
@@ -168,6 +202,8 @@ class Metrics:
             ("vllm:prompt_tokens", "Prompt tokens computed.", stats.num_prompt_tokens),
             ("vllm:generation_tokens", "Tokens generated.", stats.num_generation_tokens),
             ("vllm:num_preemptions", "Sequences preempted.", stats.num_preemptions),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.num_cache_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.num_cache_hits),
         ):
             counter = CounterMetricFamily(name, text, labels=("model_name",))
             counter.add_metric(label, value)

@@ -84,6 +84,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """The request whose prompt this one shares (n > 1): its blocks are forked instead of computed again."""
 
 
+class RequestTiming(msgspec.Struct, frozen=True, array_like=True):
+    """When a sequence got on, in `time.monotonic()` seconds; 0 for what has not happened."""
+
+    arrival_s: float
+    """The frontend took the request."""
+    scheduled_s: float = 0.0
+    """It first was part of a step."""
+    first_token_s: float = 0.0
+    end_s: float = 0.0
+
+
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step produced for one request. Exactly one output per request has a `finish_reason`."""
 
@@ -102,6 +113,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line, only with `finish_reason == "error"`."""
     error_kind: str = ""
     """The class of `errors` it belongs to; empty: `EngineFault`."""
+    timing: RequestTiming | None = None
+    """With the first token and with the `finish_reason`; None where the engine never took the request."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +135,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float
     max_num_waiting: int = 0
     """Sequences that may wait; 0: any number."""
+    available_bytes: int = 0
+    """Memory that was free when the KV cache was sized."""
+    kv_cache_limit: str = ""
+    """What its size was limited by, a name of `engine.memory.KVCacheLimit`."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

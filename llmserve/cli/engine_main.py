@@ -154,6 +154,7 @@ def _serve(engine: Engine, cell: ProgressCell, link: Link) -> None:
     gc.set_threshold(_GC_THRESHOLD)
     link.send(wire.Ready(engine.info))
     drive(engine, link.receive, link.send, on_idle=_collect_garbage, on_taken=cell.take)
+    engine.close()
 
 
 def _collect_garbage() -> None:

@@ -66,6 +66,16 @@ Exact = Annotated[
     bool,
     typer.Option("--exact", rich_help_panel=_ENGINE, help="Activations in float32, not int8: slower, more precise."),
 ]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        show_default=False,
+        rich_help_panel=_ENGINE,
+        help="Write what the engine does, step by step, for Perfetto or chrome://tracing. Some MB a minute under load.",
+    ),
+]
 StepLease = Annotated[
     bool, typer.Option(rich_help_panel=_ENGINE, help="Take turns with other engines that compute on the same cores.")
 ]
@@ -116,6 +126,7 @@ def engine_config(
     threads: int = 0,
     exact: bool = False,
     step_lease: bool = True,
+    trace: Path | None = None,
 ) -> EngineConfig:
     """The engine's configuration. Raises `InvalidRequest` for a size that is none."""
     return EngineConfig(
@@ -130,6 +141,7 @@ def engine_config(
         num_threads=threads,
         exact=exact,
         step_lease=step_lease,
+        trace_path=trace.absolute() if trace is not None else None,
     )
 
 

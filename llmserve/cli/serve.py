@@ -91,11 +91,14 @@ def command(
     threads: options.Threads = 0,
     exact: options.Exact = False,
     step_lease: options.StepLease = True,
+    trace: options.Trace = None,
 ) -> int:
     """Run the command; see `HELP`."""
     started_s = time.monotonic()
     options.configure_logging(log_level)
     template = _read_template(chat_template) if chat_template is not None else ""
+    if trace is not None:
+        _clear(trace)
     with ProgressDisplay() as display:
         path = _resolve(model, display)
         engine = options.engine_config(
@@ -110,6 +113,7 @@ def command(
             threads=threads,
             exact=exact,
             step_lease=step_lease,
+            trace=trace,
         )
         server = ServerConfig(
             host=host,
@@ -121,6 +125,14 @@ def command(
         )
         _run(engine, server, display, started_s=started_s)
     return 0
+
+
+def _clear(trace: Path) -> None:
+    """Begin a trace anew. An engine that is started again continues it: what came before tells why."""
+    try:
+        trace.write_bytes(b"")
+    except OSError as error:
+        raise InvalidRequest(f"--trace {trace}: {(error.strerror or str(error)).lower()}") from error
 
 
 def _read_template(path: Path) -> str:

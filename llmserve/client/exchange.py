@@ -101,6 +101,7 @@ class Exchange:
         self._num_sent = 0
         self._num_wanted = 0
         self._load = QueueLoad()
+        self.on_step: Callable[[EngineStats], None] = lambda stats: None
         self.stats = EngineStats()
         self.last_message_s = time.monotonic()
         """When the engine last finished a step, or stopped being idle."""
@@ -177,6 +178,8 @@ class Exchange:
         if isinstance(message, ControlReply):
             self._answer(message)
             return
+        if message.stats.num_steps != self.stats.num_steps:
+            self.on_step(message.stats)
         self.stats = message.stats
         self.last_message_s = time.monotonic()
         for output in message.outputs:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmserve.client import wire
 from llmserve.client.exchange import Exchange, RequestStream
-from llmserve.client.loop import DrivenEngine, drive
+from llmserve.client.loop import drive
 from llmserve.client.protocol import ClientState
 from llmserve.config import EngineConfig
 from llmserve.engine.engine import Engine
@@ -71,6 +71,10 @@ class InprocClient:
             self._thread.start()
         return await asyncio.shield(self._started)
 
+    def watch_steps(self, on_step: Callable[[EngineStats], None]) -> None:
+        """Have `on_step` called with the statistics after each step that computed something."""
+        self._exchange.on_step = on_step
+
     def check_capacity(self) -> None:
         """Raise `Overloaded` when `submit` would."""
         self._exchange.check_capacity(self.info)
@@ -102,9 +106,10 @@ class InprocClient:
     def _run(self) -> None:
         error: Exception | None = None
         try:
-            engine: DrivenEngine = self._announce(self._load())
+            engine = self._announce(self._load())
             assert self._cell is not None
             drive(engine, self._receive, self._tell, on_idle=lambda: None, on_taken=self._cell.take)
+            engine.close()
         except Exception as failure:  # noqa: BLE001  # the thread's last words; the loop's side raises it
             if not isinstance(failure, LLMServeError):
                 _log.exception("engine thread ended")

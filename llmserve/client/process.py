@@ -87,6 +87,10 @@ class ProcessClient:
             await self.stop()
             raise
 
+    def watch_steps(self, on_step: Callable[[EngineStats], None]) -> None:
+        """Have `on_step` called with the statistics after each step that computed something."""
+        self._exchange.on_step = on_step
+
     def check_capacity(self) -> None:
         """Raise `Overloaded` when `submit` would."""
         self._exchange.check_capacity(self.info)

@@ -6,6 +6,7 @@ or by raising `EngineDied`; one with a deadline ends by then, whatever the engin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, Self
 
 from llmserve.types import EngineInfo, EngineStats, Output, Request
@@ -56,6 +57,9 @@ class EngineClient(Protocol):
 
     def submit(self, request: Request) -> OutputStream:
         """Send a request, at once. Raises `NotReady`, `Overloaded`, and `InvalidRequest` for an id in use."""
+
+    def watch_steps(self, on_step: Callable[[EngineStats], None]) -> None:
+        """Have `on_step` called with the statistics after each step that computed something."""
 
     def check_capacity(self) -> None:
         """Raise `Overloaded` when `submit` would, for whoever wants to know before tokenizing."""

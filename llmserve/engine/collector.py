@@ -19,20 +19,20 @@ class Collector:
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
 
-    def apply(self, plan: Plan, result: StepResult) -> tuple[list[Output], list[Sequence]]:
-        """Advance every sequence of a plan; returns the outputs, and the sequences that ended."""
+    def apply(self, plan: Plan, result: StepResult, now_s: float) -> tuple[list[Output], list[Sequence]]:
+        """Advance every sequence of a plan, as of `now_s`; returns the outputs, and the sequences that ended."""
         outputs: list[Output] = []
         ended: list[Sequence] = []
         row = 0
         for seq in plan.decodes:
             seq.num_computed_tokens += 1
-            output = self._take_token(seq, result, row)
+            output = self._take_token(seq, result, row, now_s)
             row += 1
             outputs.append(output)
             if output.finish_reason is not None:
                 ended.append(seq)
         for chunk in plan.chunks:
-            chunk_output = self._apply_chunk(chunk, result, row)
+            chunk_output = self._apply_chunk(chunk, result, row, now_s)
             row += chunk.num_score_rows + chunk.samples
             if chunk_output is not None:
                 outputs.append(chunk_output)
@@ -40,7 +40,7 @@ class Collector:
                     ended.append(chunk.seq)
         return outputs, ended
 
-    def _apply_chunk(self, chunk: Chunk, result: StepResult, row: int) -> Output | None:
+    def _apply_chunk(self, chunk: Chunk, result: StepResult, row: int, now_s: float) -> Output | None:
         """Advance a sequence by a chunk whose first logit row is `row`; None while its prompt is unfinished."""
         seq = chunk.seq
         if chunk.num_score_rows:
@@ -52,7 +52,7 @@ class Collector:
         if seq.num_computed_tokens == seq.num_prompt_tokens == seq.num_tokens:  # once, also after a preemption
             self.num_prompt_tokens += seq.num_prompt_tokens
         if chunk.samples:
-            return self._take_token(seq, result, row + chunk.num_score_rows)
+            return self._take_token(seq, result, row + chunk.num_score_rows, now_s)
         if seq.num_computed_tokens < seq.num_tokens:
             return None
         return Output(
@@ -60,19 +60,22 @@ class Collector:
             prompt_logprobs=seq.take_prompt_logprobs(),
             num_cached_tokens=seq.num_cached_tokens,
             finish_reason="length",
+            timing=seq.timing(now_s),
         )
 
-    def _take_token(self, seq: Sequence, result: StepResult, row: int) -> Output:
+    def _take_token(self, seq: Sequence, result: StepResult, row: int, now_s: float) -> Output:
         token_id = result.token_ids[row]
         if token_id == NO_TOKEN:
             reason = "the parameters of the request leave no token that may be sampled"
-            return Output(request_id=seq.request_id, finish_reason="error", error=reason)
+            return Output(request_id=seq.request_id, finish_reason="error", error=reason, timing=seq.timing(now_s))
         finish_reason = seq.append(token_id)
         seq.account.num_tokens += 1
         self.num_generation_tokens += 1
         num_top = seq.sampling.num_logprobs
         is_first = seq.num_tokens == seq.num_prompt_tokens + 1
-        if num_top is None and finish_reason is None and not is_first:
+        if is_first:
+            seq.first_token_s = now_s
+        elif num_top is None and finish_reason is None:
             return Output(request_id=seq.request_id, token_ids=(token_id,))
         return Output(
             request_id=seq.request_id,
@@ -82,4 +85,5 @@ class Collector:
             num_cached_tokens=seq.num_cached_tokens if is_first else 0,
             finish_reason=finish_reason,
             stop_token_id=token_id if finish_reason == "stop" else None,
+            timing=seq.timing(0.0 if finish_reason is None else now_s) if is_first or finish_reason else None,
         )

@@ -25,6 +25,7 @@ from llmserve.engine.plan import Plan
 from llmserve.engine.runner import ModelRunner, StepResult
 from llmserve.engine.scheduler import Scheduler, SchedulerConfig
 from llmserve.engine.sequence import Sequence
+from llmserve.engine.trace import StepTrace, TracedRunner
 from llmserve.errors import EngineFault, InvalidRequest, LLMServeError, Overloaded
 from llmserve.types import EngineInfo, EngineStats, FinishReason, Output, Request
 
@@ -41,13 +42,15 @@ class Engine:
         info: EngineInfo,
         *,
         clock: Callable[[], float] = time.monotonic,
+        trace: StepTrace | None = None,
     ) -> None:
         self.info = info
         self._clock = clock
+        self._trace = trace
         self._executor = executor
         self._kv_cache = KVCacheManager(executor.block_pool, shares_prefixes=config.enable_prefix_cache)
         self._scheduler = Scheduler(config, self._kv_cache)
-        self._runner = ModelRunner(executor)
+        self._runner = ModelRunner(executor) if trace is None else TracedRunner(executor, trace)
         self._collector = Collector()
         self._deadlines = Deadlines()
         self._salts = CacheSalts()
@@ -97,13 +100,22 @@ class Engine:
         now_s = self._clock()
         outputs += self._end(self._deadlines.take_expired(now_s), "deadline")
         if self._scheduler.has_work:
-            started = time.perf_counter()
+            started = time.monotonic()
             plan = self._scheduler.plan(now_s)
+            if self._trace is not None:
+                self._trace.begin_step(plan, started)
             self._last_step_tokens = plan.num_tokens
             outputs += self._run(plan)
             self._num_steps += 1
-            self._last_step_s = time.perf_counter() - started
+            self._last_step_s = time.monotonic() - started
+        if self._trace is not None:
+            self._trace.end_step(outputs, self.stats())
         return outputs
+
+    def close(self) -> None:
+        """Write the end of the trace, if there is one. The engine computes nothing any more."""
+        if self._trace is not None:
+            self._trace.close()
 
     def stats(self) -> EngineStats:
         """Gauges now and totals since the start."""
@@ -179,6 +191,8 @@ class Engine:
         self._sequences[seq.request_id] = seq
         self._scheduler.add(seq)
         self._deadlines.watch(seq)
+        if self._trace is not None:
+            self._trace.accept(seq)
 
     def _run(self, plan: Plan) -> list[Output]:
         started = time.perf_counter()
@@ -204,7 +218,7 @@ class Engine:
         return outputs
 
     def _apply(self, plan: Plan, result: StepResult) -> list[Output]:
-        outputs, ended = self._collector.apply(plan, result)
+        outputs, ended = self._collector.apply(plan, result, self._clock())
         for chunk in plan.chunks:
             self._kv_cache.commit(chunk.seq)
         if ended:
@@ -214,9 +228,14 @@ class Engine:
     def _end(self, sequences: list[Sequence], reason: FinishReason, *, error: str | None = None) -> list[Output]:
         """End living sequences; returns their terminal outputs."""
         living = {seq.request_id: seq for seq in sequences}
-        if living:
-            self._forget(list(living.values()))
-        return [Output(request_id=request_id, finish_reason=reason, error=error) for request_id in living]
+        if not living:
+            return []
+        self._forget(list(living.values()))
+        now_s = self._clock()
+        return [
+            Output(request_id=seq.request_id, finish_reason=reason, error=error, timing=seq.timing(now_s))
+            for seq in living.values()
+        ]
 
     def _forget(self, sequences: list[Sequence]) -> None:
         self._scheduler.remove(sequences)

@@ -12,6 +12,7 @@ from llmserve.engine.engine import Engine
 from llmserve.engine.kv_cache import PagedExecutor
 from llmserve.engine.memory import available_bytes, fit_kv_cache
 from llmserve.engine.scheduler import SchedulerConfig
+from llmserve.engine.trace import StepTrace
 from llmserve.errors import InvalidRequest
 from llmserve.models import catalog
 from llmserve.types import EngineInfo
@@ -27,6 +28,7 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
     """
     started = time.monotonic()
     scheduler_config = _scheduler_config(config)
+    trace = StepTrace(config.trace_path, name=config.model_path.name) if config.trace_path is not None else None
     checkpoint = checkpoints.open_checkpoint(config.model_path)
     model = checkpoint.config
     executor = ops.load(config.device).build(
@@ -44,11 +46,12 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
         progress=progress,
     )
     checkpoint.release_pages()
+    available = available_bytes()
     kv_plan = fit_kv_cache(
         config,
         max_position=model.max_position,
         bytes_per_block=executor.kv_bytes_per_block(),
-        available=available_bytes(),
+        available=available,
     )
     executor.allocate_kv(kv_plan.num_blocks)
     info = EngineInfo(
@@ -66,8 +69,10 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
         isa=executor.isa,
         num_threads=executor.num_threads,
         load_s=time.monotonic() - started,
+        available_bytes=available,
+        kv_cache_limit=kv_plan.limit,
     )
-    return Engine(cast(PagedExecutor, executor), scheduler_config, info)
+    return Engine(cast(PagedExecutor, executor), scheduler_config, info, trace=trace)
 
 
 def _scheduler_config(config: EngineConfig) -> SchedulerConfig:

@@ -7,8 +7,9 @@ what is free, and control-group limits count as much as the machine's own memory
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from llmserve.config import EngineConfig
 from llmserve.errors import InvalidRequest, OutOfMemory
@@ -16,6 +17,9 @@ from llmserve.errors import InvalidRequest, OutOfMemory
 KEPT_FRACTION = 0.6
 """Share of the free memory that is left alone when the cache is sized automatically."""
 DEFAULT_CAP_BYTES = 4 * 1024**3
+KVCacheLimit = Literal["available", "cap", "kv_cache_bytes", "max_num_seqs"]
+"""A share of the free memory; `DEFAULT_CAP_BYTES`; what the configuration says; the most sequences of the greatest
+length, which could not use more."""
 _MIB = 1024**2
 _NO_LIMIT = 1 << 60  # cgroup v1 says "no limit" with a huge number
 
@@ -27,11 +31,43 @@ class KVCachePlan:
     num_blocks: int
     max_model_len: int
     num_bytes: int
+    limit: KVCacheLimit
+    """What the size was limited by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRoom:
+    """What one limit still leaves."""
+
+    num_bytes: int
+    group: Path | None
+    """The control group that sets the limit; None: the machine's own memory."""
 
 
 def available_bytes(root: Path = Path("/")) -> int:
     """Memory this process can still take: the least of the machine's and of every control group it lives in."""
-    return max(0, min([_machine_available(root), *_cgroup_available(root)]))
+    return min(room.num_bytes for room in memory_rooms(root))
+
+
+def memory_rooms(root: Path = Path("/")) -> list[MemoryRoom]:
+    """The machine's free memory, then what is left in every limited control group of this process."""
+    rooms = [MemoryRoom(num_bytes=_machine_available(root), group=None), *_cgroup_available(root)]
+    return [replace(room, num_bytes=max(0, room.num_bytes)) for room in rooms]
+
+
+def kv_cache_limits(
+    config: EngineConfig, *, max_position: int, bytes_per_block: int, available: int
+) -> dict[KVCacheLimit, int]:
+    """Bytes that each limit allows the KV cache; the least one holds."""
+    if config.kv_cache_bytes:
+        return {"kv_cache_bytes": config.kv_cache_bytes}
+    blocks_per_seq = -(-(config.max_model_len or max_position) // config.block_size)
+    bytes_per_seq = blocks_per_seq * bytes_per_block
+    return {
+        "available": int(available * (1 - KEPT_FRACTION)),
+        "max_num_seqs": config.max_num_seqs * bytes_per_seq,
+        "cap": max(DEFAULT_CAP_BYTES, bytes_per_seq if config.max_model_len else 0),
+    }
 
 
 def fit_kv_cache(config: EngineConfig, *, max_position: int, bytes_per_block: int, available: int) -> KVCachePlan:
@@ -46,11 +82,8 @@ def fit_kv_cache(config: EngineConfig, *, max_position: int, bytes_per_block: in
         )
     wanted_len = config.max_model_len or max_position
     blocks_per_seq = -(-wanted_len // config.block_size)
-    num_bytes = config.kv_cache_bytes or min(
-        int(available * (1 - KEPT_FRACTION)),
-        config.max_num_seqs * blocks_per_seq * bytes_per_block,
-        max(DEFAULT_CAP_BYTES, blocks_per_seq * bytes_per_block if config.max_model_len else 0),
-    )
+    limits = kv_cache_limits(config, max_position=max_position, bytes_per_block=bytes_per_block, available=available)
+    num_bytes, limit = min((allowed, name) for name, allowed in limits.items())
     if num_bytes > available:
         raise OutOfMemory(f"a KV cache of {_mib(num_bytes)} does not fit: {_mib(available)} of memory is available")
     num_blocks = num_bytes // bytes_per_block
@@ -65,6 +98,7 @@ def fit_kv_cache(config: EngineConfig, *, max_position: int, bytes_per_block: in
         num_blocks=num_blocks,
         max_model_len=min(wanted_len, num_blocks * config.block_size),
         num_bytes=num_blocks * bytes_per_block,
+        limit=limit,
     )
 
 
@@ -80,7 +114,7 @@ def _machine_available(root: Path) -> int:
     raise OutOfMemory("/proc/meminfo has no MemAvailable; set kv_cache_bytes")
 
 
-def _cgroup_available(root: Path) -> Iterator[int]:
+def _cgroup_available(root: Path) -> Iterator[MemoryRoom]:
     """Room left in each limited control group, from the process's own up to the root, cgroup v2 and v1."""
     membership = root / "proc/self/cgroup"
     for line in membership.read_text().splitlines() if membership.exists() else ():
@@ -97,7 +131,7 @@ def _cgroup_available(root: Path) -> Iterator[int]:
         for folder in (group, *group.parents):
             room = _room(folder, *files)
             if room is not None:
-                yield room
+                yield MemoryRoom(num_bytes=room, group=folder)
             if folder == mount:
                 break
 

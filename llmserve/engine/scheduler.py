@@ -165,7 +165,7 @@ class Scheduler:
             self.waiting.admit(seq, now_s)
             self.running.append(seq)
             if seq.num_cached_tokens < 0:
-                self._note_first_admission(seq)
+                self._note_first_admission(seq, now_s)
             chunk = cut_chunk(seq, tokens, rows)
             plan.chunks.append(chunk)
             tokens -= chunk.num_tokens
@@ -183,7 +183,8 @@ class Scheduler:
                 return False
         return kv_cache.admit(seq)
 
-    def _note_first_admission(self, seq: Sequence) -> None:
+    def _note_first_admission(self, seq: Sequence, now_s: float) -> None:
+        seq.scheduled_s = now_s
         seq.num_cached_tokens = seq.num_computed_tokens
         seq.account.num_tokens += seq.num_tokens - seq.num_computed_tokens
         if self._config.enable_prefix_cache and seq.reads_cache:

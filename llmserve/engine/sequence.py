@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from llmserve.engine.fair_share import Account
 from llmserve.ops.protocol import SamplingState
-from llmserve.types import FinishReason, Request, SamplingParams, TokenLogprob
+from llmserve.types import FinishReason, Request, RequestTiming, SamplingParams, TokenLogprob
 
 NO_TABLE = -1
 
@@ -49,6 +49,10 @@ class Sequence:
     """The sequence whose prompt it shares and whose blocks it may fork."""
     ended: bool = False
     """Its terminal output was made."""
+    scheduled_s: float = 0.0
+    """Monotonic: when it first was admitted; 0 before."""
+    first_token_s: float = 0.0
+    """Monotonic: when its first token was collected; 0 before."""
     num_preemptions: int = 0
     num_passes: int = 0
     """How often one that came later was admitted before it."""
@@ -137,6 +141,10 @@ class Sequence:
         if token_id in self.stop_token_ids:
             return "stop"
         return "length" if self.num_tokens >= self.max_num_tokens else None
+
+    def timing(self, end_s: float = 0.0) -> RequestTiming:
+        """Its times so far."""
+        return RequestTiming(self.arrival_s, self.scheduled_s, self.first_token_s, end_s)
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...] | None:
         """The prompt's scores, once."""

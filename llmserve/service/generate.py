@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from llmserve.client.protocol import OutputStream
-from llmserve.errors import EngineFault, InvalidRequest
+from llmserve.errors import DeadlineExceeded, EngineFault, InvalidRequest
 from llmserve.metrics import Metrics
 from llmserve.service.choice import Choice, Delta
 from llmserve.service.model import ServedModel
 from llmserve.service.options import MAX_SEQUENCES, RequestOptions
 from llmserve.service.sampling import for_choice, resolve, resolve_tokens
-from llmserve.types import Output, Request
+from llmserve.types import Output, Request, RequestTiming
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Usage:
 class _Run:
     """One sequence on its way: its request, its choice and the times of its tokens."""
 
-    __slots__ = ("choice", "first_s", "last_s", "request", "stream")
+    __slots__ = ("choice", "first_s", "last_s", "request", "stream", "timing")
 
     def __init__(self, choice: Choice, request: Request) -> None:
         self.choice = choice
@@ -53,6 +53,7 @@ class _Run:
         self.stream: OutputStream | None = None
         self.first_s = 0.0  # monotonic; 0 until the first token
         self.last_s = 0.0
+        self.timing: RequestTiming | None = None  # what the engine last said of it
 
 
 class Generation:
@@ -153,8 +154,8 @@ class Generation:
                     if delta.finish_reason is not None:
                         self._note_end(run, delta.finish_reason, metrics)
                     yield delta
-        except Exception:
-            failure = "error"
+        except Exception as error:
+            failure = "deadline" if isinstance(error, DeadlineExceeded) else "error"
             raise
         finally:
             for run in self._runs:
@@ -214,6 +215,7 @@ class Generation:
                 self.ttft_s = now - self.arrival_s
             metrics.time_to_first_token.observe(now - self.arrival_s)
         run.last_s = now
+        run.timing = output.timing or run.timing
 
     def _note_end(self, run: _Run, reason: str, metrics: Metrics) -> None:
         num_tokens = run.choice.num_tokens
@@ -221,6 +223,9 @@ class Generation:
         metrics.e2e_latency.observe(run.last_s - self.arrival_s)
         metrics.prompt_tokens.observe(len(run.request.prompt_token_ids))
         metrics.generation_tokens.observe(num_tokens)
+        if run.timing is not None:
+            # A stop string ends the sequence here: what the engine does with it after that is no part of the answer.
+            metrics.note_timing(run.timing, run.timing.end_s or run.last_s)
         if num_tokens > 1:
             metrics.time_per_output_token.observe((run.last_s - run.first_s) / (num_tokens - 1))
 

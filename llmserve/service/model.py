@@ -66,6 +66,7 @@ class ServedModel:
         self.in_flight = InFlight()
         self.health = Health(client, self.in_flight, progress_timeout_s=progress_timeout_s)
         self.metrics = Metrics(model_name=name, engine=self._engine_state)
+        client.watch_steps(self.metrics.note_step)
         self._load_text = load_text
         self._text: ModelText | None = None
 

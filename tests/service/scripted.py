@@ -188,6 +188,9 @@ class ScriptedClient:
         self.num_open += 1
         return ScriptedStream(self, request)
 
+    def watch_steps(self, on_step: Callable[[EngineStats], None]) -> None:
+        self.on_step = on_step
+
     def check_capacity(self) -> None:
         if self.full is not None:
             raise self.full

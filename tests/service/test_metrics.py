@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmserve.errors import EngineFault
-from llmserve.metrics import REQUEST_BUCKETS_S, TOKEN_BUCKETS_S, TTFT_BUCKETS_S, Metrics
-from tests.service.scripted import Server, says
+from llmserve.metrics import REQUEST_BUCKETS_S, STEP_TOKEN_BUCKETS, TOKEN_BUCKETS_S, TTFT_BUCKETS_S, Metrics
+from llmserve.types import EngineStats, Output, Request, RequestTiming
+from tests.service.scripted import Server, Wait, ids_of, says
 
 GOLDEN = {
     "vllm:num_requests_running": "gauge",
@@ -17,6 +21,8 @@ GOLDEN = {
     "vllm:prompt_tokens": "counter",
     "vllm:generation_tokens": "counter",
     "vllm:num_preemptions": "counter",
+    "vllm:prefix_cache_queries": "counter",
+    "vllm:prefix_cache_hits": "counter",
     "vllm:request_success": "counter",
     "vllm:time_to_first_token_seconds": "histogram",
     "vllm:inter_token_latency_seconds": "histogram",
@@ -24,6 +30,11 @@ GOLDEN = {
     "vllm:e2e_request_latency_seconds": "histogram",
     "vllm:request_prompt_tokens": "histogram",
     "vllm:request_generation_tokens": "histogram",
+    "vllm:request_queue_time_seconds": "histogram",
+    "vllm:request_prefill_time_seconds": "histogram",
+    "vllm:request_decode_time_seconds": "histogram",
+    "vllm:request_inference_time_seconds": "histogram",
+    "vllm:iteration_tokens_total": "histogram",
     "llmserve_http_responses": "counter",
 }
 
@@ -56,6 +67,11 @@ def test_buckets() -> None:
         ("inter_token_latency_seconds", TOKEN_BUCKETS_S),
         ("request_time_per_output_token_seconds", TOKEN_BUCKETS_S),
         ("e2e_request_latency_seconds", REQUEST_BUCKETS_S),
+        ("request_queue_time_seconds", REQUEST_BUCKETS_S),
+        ("request_prefill_time_seconds", REQUEST_BUCKETS_S),
+        ("request_decode_time_seconds", REQUEST_BUCKETS_S),
+        ("request_inference_time_seconds", REQUEST_BUCKETS_S),
+        ("iteration_tokens_total", STEP_TOKEN_BUCKETS),
     ):
         labels = {key.split("le=")[1] for key in found if key.startswith(f"vllm:{name}_bucket")}
         assert labels == {*map(str, bounds), "+Inf"}
@@ -90,6 +106,84 @@ def test_served_requests_are_counted() -> None:
     assert found["vllm:cache_config_info block_size=16 num_gpu_blocks=64"] == 1
     assert found["llmserve_http_responses_total route=/v1/completions status=200"] == 2
     assert found["llmserve_http_responses_total route=/v1/completions status=500"] == 1
+
+
+def test_phases_of_answered_requests() -> None:
+    timing = RequestTiming(arrival_s=100.0, scheduled_s=101.0, first_token_s=103.0)
+    ended = RequestTiming(arrival_s=100.0, scheduled_s=101.0, first_token_s=103.0, end_s=107.0)
+
+    def script(request: Request) -> Iterator[Output]:
+        token_ids = tuple(ids_of("a"))
+        yield Output(request_id=request.request_id, token_ids=token_ids, timing=timing)
+        yield Output(request_id=request.request_id, token_ids=token_ids, finish_reason="length", timing=ended)
+
+    server = Server(script)
+
+    async def act(http: httpx.AsyncClient) -> str:
+        await http.post("/v1/completions", json={"prompt": "hi"})
+        return (await http.get("/metrics")).text
+
+    found = samples(server.run(act))
+    for phase, seconds in {"queue": 1.0, "prefill": 2.0, "decode": 4.0, "inference": 6.0}.items():
+        assert found[f"vllm:request_{phase}_time_seconds_sum"] == seconds
+        assert found[f"vllm:request_{phase}_time_seconds_count"] == 1
+
+
+def test_a_stop_string_ends_the_phases_too() -> None:
+    """The engine goes on until it is told; what it then says reaches nobody."""
+
+    def script(request: Request) -> Iterator[Output | Wait]:
+        timing = RequestTiming(request.arrival_s, request.arrival_s + 0.25, request.arrival_s + 0.5)
+        for token_id in ids_of("a"):
+            yield Output(request_id=request.request_id, token_ids=(token_id,), timing=timing)
+        yield Wait()
+
+    server = Server(script)
+
+    async def act(http: httpx.AsyncClient) -> str:
+        await http.post("/v1/completions", json={"prompt": "hi", "stop": "a"})
+        return (await http.get("/metrics")).text
+
+    found = samples(server.run(act))
+    assert found["vllm:request_queue_time_seconds_sum"] == pytest.approx(0.25)
+    assert found["vllm:request_decode_time_seconds_count"] == 1
+
+
+def test_a_prompt_that_is_only_scored_has_no_decode() -> None:
+    metrics = Metrics(model_name="m")
+    metrics.note_timing(RequestTiming(arrival_s=1.0, scheduled_s=2.0, end_s=5.0), 5.0)
+    found = samples(metrics.render().decode())
+    assert found["vllm:request_prefill_time_seconds_sum"] == 3.0
+    assert found["vllm:request_decode_time_seconds_count"] == 0
+
+
+def test_a_passed_deadline_is_a_reason_of_its_own() -> None:
+    server = Server(lambda request: [Output(request_id=request.request_id, finish_reason="deadline")])
+
+    async def act(http: httpx.AsyncClient) -> str:
+        await http.post("/v1/completions", json={"prompt": "hi"})
+        return (await http.get("/metrics")).text
+
+    found = samples(server.run(act))
+    assert found["vllm:request_success_total finished_reason=deadline"] == 1
+    assert found["vllm:request_success_total finished_reason=error"] == 0
+
+
+def test_steps_of_the_engine_are_observed() -> None:
+    server = Server(says("a"))
+    server.client.stats = EngineStats(num_cache_queries=96, num_cache_hits=32, num_preemptions=2)
+    server.client.on_step(EngineStats(num_steps=1, last_step_tokens=8))
+    server.client.on_step(EngineStats(num_steps=2, last_step_tokens=100))
+
+    async def act(http: httpx.AsyncClient) -> str:
+        return (await http.get("/metrics")).text
+
+    found = samples(server.run(act))
+    assert found["vllm:iteration_tokens_total_sum"] == 108
+    assert found["vllm:iteration_tokens_total_bucket le=8.0"] == 1
+    assert found["vllm:prefix_cache_queries_total"] == 96
+    assert found["vllm:prefix_cache_hits_total"] == 32
+    assert found["vllm:num_preemptions_total"] == 2
 
 
 def test_two_servers_share_nothing() -> None:
