@@ -268,8 +268,8 @@ class Program:
         out_top_logprobs: NDArray[np.float32],
         *,
         states: Sequence[SamplingState | None] = (),
-        mask_rows: NDArray[np.int32] = ...,
-        masks: NDArray[np.uint32] = ...,
+        mask_rows: NDArray[np.int32] | None = None,
+        masks: NDArray[np.uint32] | None = None,
     ) -> bool: ...
     def read(self, value: Value, num_rows: int) -> NDArray[np.float32]: ...
     def take_times(self) -> dict[str, tuple[float, int]]: ...

@@ -184,7 +184,7 @@ bool run_step(Program& program, BlockPool& blocks, const Array<int32_t>& token_i
               const Array<uint64_t>& seed, const Array<int64_t>& sample_position, const Array<int32_t>& num_logprobs,
               Array<int32_t>& out_token_ids, Array<float>& out_logprobs, Array<int32_t>& out_ranks,
               Array<int32_t>& out_top_ids, Array<float>& out_top_logprobs, const std::vector<SamplingState*>& states,
-              const Array<int32_t>& mask_rows, const Array<uint32_t>& masks) {
+              const std::optional<Array<int32_t>>& mask_rows, const std::optional<Array<uint32_t>>& masks) {
   const py::ssize_t tokens = token_ids.size(), seqs = seq_lens.size(), rows = logit_rows.size();
   StepArrays step;
   step.num_tokens = static_cast<int>(tokens);
@@ -217,7 +217,7 @@ bool run_step(Program& program, BlockPool& blocks, const Array<int32_t>& token_i
   step.out_top_ids = out_top_ids.mutable_data();
   step.out_top_logprobs = out_top_logprobs.mutable_data();
   set_states(step, states);
-  set_masks(step, mask_rows, masks);
+  if (mask_rows && masks) set_masks(step, *mask_rows, *masks);
   py::gil_scoped_release released;
   return program.run(step, blocks);
 }
@@ -299,8 +299,7 @@ void bind_program(py::module_& module) {
            py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
            py::arg("sample_position"), py::arg("num_logprobs"), py::arg("out_token_ids"), py::arg("out_logprobs"),
            py::arg("out_ranks"), py::arg("out_top_ids"), py::arg("out_top_logprobs"), py::kw_only(),
-           py::arg("states") = py::tuple(), py::arg("mask_rows") = Array<int32_t>(0),
-           py::arg("masks") = Array<uint32_t>(std::vector<py::ssize_t>{0, 0}))
+           py::arg("states") = py::tuple(), py::arg("mask_rows") = py::none(), py::arg("masks") = py::none())
       .def("read", &read_value, py::arg("value"), py::arg("num_rows"))
       .def("take_times",
            [](Program& self) {
