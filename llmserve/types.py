@@ -12,6 +12,9 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
+KVCacheLimit = Literal["available", "cap", "kv_cache_bytes", "max_num_seqs"]
+"""What limits the size of the KV cache: a share of the free memory; the default limit; the configuration; the most
+sequences of the greatest length, which could not use more."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -137,8 +140,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences that may wait; 0: any number."""
     available_bytes: int = 0
     """Memory that was free when the KV cache was sized."""
-    kv_cache_limit: str = ""
-    """What its size was limited by, a name of `engine.memory.KVCacheLimit`."""
+    kv_cache_limit: KVCacheLimit = "available"
+    """What the size of the cache was limited by."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -23,6 +23,7 @@ from llmserve.errors import LLMServeError
 if TYPE_CHECKING:
     from llmserve.config import EngineConfig
     from llmserve.engine.engine import Engine
+    from llmserve.types import EngineInfo
 
 _ISA_VARIABLE: Final = "LLMSERVE_CPU_ISA"
 _FEATURES: Final = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8")
@@ -81,7 +82,7 @@ def check_model(config: EngineConfig) -> Iterator[Finding]:
         return
     try:
         engine = load_engine(config, progress=lambda phase, done, total: None)
-        yield from _describe_engine(engine, config, available)
+        yield from _describe_engine(engine, config)
     except LLMServeError as error:
         yield Finding("loading", str(error), "take another model, or other options")
 
@@ -90,7 +91,9 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf")]
 
 
-def _describe_engine(engine: Engine, config: EngineConfig, available: int) -> Iterator[Finding]:
+def _describe_engine(engine: Engine, config: EngineConfig) -> Iterator[Finding]:
+    from llmserve import checkpoints
+
     info = engine.info
     yield Finding(
         "loading",
@@ -100,29 +103,37 @@ def _describe_engine(engine: Engine, config: EngineConfig, available: int) -> It
     num_slots = info.num_blocks * info.block_size
     yield Finding(
         "KV cache",
-        f"{num_slots} tokens, {format_bytes(info.kv_cache_bytes)} in {info.num_blocks} blocks: "
-        + _why_so_large(config, info.kv_cache_bytes, available),
+        f"{num_slots} tokens, {format_bytes(info.kv_cache_bytes)} in {info.num_blocks} blocks, taken when touched",
     )
+    max_position = checkpoints.open_checkpoint(config.model_path).config.max_position
+    yield from _explain_cache(config, info, max_position)
+    wanted_len = config.max_model_len or max_position
+    shortened = f" (shortened from {wanted_len}: the cache holds no more)" if info.max_model_len < wanted_len else ""
+    num_long, even_len = num_slots // info.max_model_len, min(info.max_model_len, num_slots // info.max_num_seqs)
     yield Finding(
         "what fits",
-        f"{info.max_model_len} tokens a sequence; {num_slots // info.max_model_len} sequences of that length, or "
-        f"{info.max_num_seqs} of {min(info.max_model_len, num_slots // info.max_num_seqs)} tokens, at the same time",
+        f"{info.max_model_len} tokens a sequence{shortened}; {num_long} sequences of that length, or "
+        f"{info.max_num_seqs} of {even_len} tokens, at the same time",
     )
     yield _first_token(engine)
 
 
-def _why_so_large(config: EngineConfig, chosen: int, available: int) -> str:
-    from llmserve.engine.memory import DEFAULT_CAP_BYTES, KEPT_FRACTION
+def _explain_cache(config: EngineConfig, info: EngineInfo, max_position: int) -> Iterator[Finding]:
+    """The memory choice: what limited it and what would change it."""
+    from llmserve.cli.memory_report import describe_change, describe_limits
+    from llmserve.engine.memory import kv_cache_limits, memory_rooms
 
-    if config.kv_cache_bytes:
-        return "as --kv-cache-memory says"
-    share = f"{1 - KEPT_FRACTION:.0%} of the {format_bytes(available)} available"
-    # Sizes are whole blocks, and memory moved while the model was loaded.
-    if chosen >= 0.99 * DEFAULT_CAP_BYTES:
-        return f"the default limit, less than {share}; --kv-cache-memory sets another"
-    if chosen < 0.9 * (1 - KEPT_FRACTION) * available:
-        return "all that the most sequences of the greatest length could use"
-    return f"{share}; --kv-cache-memory sets another"
+    available = info.available_bytes
+    limits = kv_cache_limits(
+        config,
+        max_position=max_position,
+        bytes_per_block=info.kv_cache_bytes // info.num_blocks,
+        available=available,
+    )
+    text = describe_limits(config, limits, available=available, max_position=max_position)
+    yield Finding("limited by", text)
+    group = min(memory_rooms(), key=lambda room: room.num_bytes).group
+    yield Finding("to change it", describe_change(info.kv_cache_limit, available=available, group=group))
 
 
 def _first_token(engine: Engine) -> Finding:
@@ -179,16 +190,12 @@ def _quota_cores() -> float | None:
 
 
 def _memory() -> Iterator[Finding]:
-    from llmserve.engine.memory import available_bytes
+    from llmserve.cli.memory_report import describe_available
+    from llmserve.engine.memory import available_bytes, memory_rooms
 
     total = next((line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemTotal")), "0")
-    available = available_bytes()
-    remedy = "free memory or raise the control group's limit" if available < _LEAST_MEMORY_BYTES else ""
-    yield Finding(
-        "memory",
-        f"{format_bytes(available)} of {format_bytes(int(total) * 1024)} available (control groups' limits count)",
-        remedy,
-    )
+    remedy = "free memory or raise the control group's limit" if available_bytes() < _LEAST_MEMORY_BYTES else ""
+    yield Finding("memory", describe_available(memory_rooms(), int(total) * 1024), remedy)
 
 
 def _extension() -> Finding:

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from llmserve.config import EngineConfig
 from llmserve.errors import InvalidRequest, OutOfMemory
+from llmserve.types import KVCacheLimit
 
 KEPT_FRACTION = 0.6
 """Share of the free memory that is left alone when the cache is sized automatically."""
 DEFAULT_CAP_BYTES = 4 * 1024**3
-KVCacheLimit = Literal["available", "cap", "kv_cache_bytes", "max_num_seqs"]
-"""A share of the free memory; `DEFAULT_CAP_BYTES`; what the configuration says; the most sequences of the greatest
-length, which could not use more."""
 _MIB = 1024**2
 _NO_LIMIT = 1 << 60  # cgroup v1 says "no limit" with a huge number
 

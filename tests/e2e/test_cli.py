@@ -195,8 +195,33 @@ def test_output_to_a_reader_that_leaves(model: str) -> None:
 def test_doctor(model: str) -> None:
     result = run("doctor", model)
     assert result.returncode == 0, result.stdout
-    for topic in ("instructions", "memory", "extension", "torch", "KV cache", "first step"):
+    for topic in (
+        "instructions",
+        "memory",
+        "extension",
+        "torch",
+        "KV cache",
+        "limited by",
+        "to change it",
+        "first step",
+    ):
         assert topic in result.stdout
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("args", "texts"),
+    [
+        (["--kv-cache-memory", "64MiB"], ["--kv-cache-memory (64 MiB)", "shortened", "takes up to"]),
+        (["--max-num-seqs", "2", "--max-model-len", "512"], ["2 sequences of 512 tokens", "raise --max-num-seqs"]),
+    ],
+    ids=["as told", "sequences"],
+)
+def test_doctor_explains_the_memory(model: str, args: list[str], texts: list[str]) -> None:
+    result = run("doctor", model, *args)
+    assert result.returncode == 0, result.stdout
+    for text in texts:
+        assert text in result.stdout
 
 
 def test_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
