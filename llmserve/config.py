@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 RopeStyle = Literal["half", "interleaved"]
+KVCacheDtype = Literal["bf16", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,8 @@ class ExecutorConfig:
     """0: one per core available to the process."""
     exact: bool = False
     """Activations and float weights in float32: slower, closer to the checkpoint."""
+    kv_cache_dtype: KVCacheDtype = "bf16"
+    """int8 halves the KV cache, with one scale for each token and head."""
     isa: str = ""
     """Highest instruction set to use: scalar, avx2 or avx512; empty: the best there is. It only lowers the choice."""
 
@@ -96,6 +99,7 @@ class EngineConfig:
     """0: sized from the free memory."""
     num_threads: int = 0
     exact: bool = False
+    kv_cache_dtype: KVCacheDtype = "bf16"
     step_lease: bool = True
     """Take turns, step by step, with other engines of this user on the same cores."""
     trace_path: Path | None = None

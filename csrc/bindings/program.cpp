@@ -292,7 +292,7 @@ void bind_program(py::module_& module) {
   bind_builders(program);
   program
       .def("allocate_kv", &Program::allocate_kv, py::arg("num_layers"), py::arg("num_blocks"), py::arg("kv_heads"),
-           py::arg("head_dim"))
+           py::arg("head_dim"), py::arg("int8") = false)
       .def("attach_progress", &Program::attach_progress, py::arg("cell"))
       .def("run", &run_step, py::arg("blocks"), py::arg("token_ids"), py::arg("positions"), py::arg("query_start"),
            py::arg("seq_lens"), py::arg("block_tables"), py::arg("logit_rows"), py::arg("targets"),
@@ -321,6 +321,8 @@ void bind_program(py::module_& module) {
         return tile_bytes(parse_packed(type), columns) * static_cast<size_t>(num_tiles);
       },
       py::arg("packed_type"), py::arg("columns"), py::arg("num_tiles"), "Bytes of a packed matrix.");
+  module.def("kv_block_bytes", &KvCache::bytes_per_block, py::arg("num_layers"), py::arg("kv_heads"),
+             py::arg("head_dim"), py::arg("int8"), "Bytes of one KV block over all layers.");
   module.def(
       "best_isa", [](const std::string& limit) { return choose_kernels(limit.c_str()).name; }, py::arg("limit") = "",
       "The kernel table this machine would use.");

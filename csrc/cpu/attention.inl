@@ -18,6 +18,7 @@ struct AttentionScratch {
   float* l;       // [rows]
   float* tile_m;  // [rows]
   float* tile_l;  // [rows]
+  uint16_t* kv;   // the tile\'s blocks in bf16, where the cache is int8
 };
 
 static AttentionScratch carve(uint8_t* base, int head_dim) {
@@ -32,6 +33,7 @@ static AttentionScratch carve(uint8_t* base, int head_dim) {
   s.tile_l = s.tile_m + rows;
   s.p = reinterpret_cast<uint16_t*>(s.tile_l + rows);
   s.q = s.p + rows * kKvTile;
+  s.kv = s.q + rows * d;
   return s;
 }
 
@@ -120,19 +122,43 @@ static void merge_row(const AttentionScratch& s, int row, int head_dim) {
   s.m[row] = m;
 }
 
+// The tile's blocks of an int8 cache as bf16 blocks, one after the other.
+static void expand_blocks(const AttentionArgs& args, const int32_t* table, int num_blocks, uint16_t* out) {
+  const int d_count = args.head_dim;
+  for (int block = 0; block < num_blocks; ++block) {
+    const auto* codes = reinterpret_cast<const int8_t*>(args.kv + table[block] * args.block_stride);
+    float scales[2 * kKvBlock];
+    __builtin_memcpy(scales, codes + int64_t{2} * kKvBlock * d_count, sizeof(scales));
+    for (int d = 0; d < d_count; d += 2)
+      for (int i = 0; i < 2 * kKvBlock; ++i) *out++ = to_bf16(static_cast<float>(*codes++) * scales[i / 2]);
+    for (int t = 0; t < kKvBlock; t += 2)
+      for (int i = 0; i < 2 * d_count; ++i)
+        *out++ = to_bf16(static_cast<float>(*codes++) * scales[kKvBlock + t + i % 2]);
+  }
+}
+
 static void attend_tile(const AttentionArgs& args, const AttentionScratch& s, int rows, int tile_start) {
   const int last_position = args.first_position + args.num_tokens - 1;
   const int in_tile = last_position - tile_start + 1 < kKvTile ? last_position - tile_start + 1 : kKvTile;
   const int num_blocks = (in_tile + kKvBlock - 1) / kKvBlock;
   const int32_t* table = args.table + tile_start / kKvBlock;
-  score_tile(args, table, num_blocks, s, rows);
+  AttentionArgs plain = args;
+  int32_t expanded[kKvTile / kKvBlock];
+  if (args.int8) {
+    expand_blocks(args, table, num_blocks, s.kv);
+    plain.kv = s.kv;
+    plain.block_stride = int64_t{2} * kKvBlock * args.head_dim;
+    for (int block = 0; block < num_blocks; ++block) expanded[block] = block;
+    table = expanded;
+  }
+  score_tile(plain, table, num_blocks, s, rows);
   for (int row = 0; row < rows; ++row) {
     const int position = args.first_position + row / args.heads;
     const int first = args.window > 0 ? position - args.window + 1 - tile_start : 0;
     softmax_row(s.scores + static_cast<int64_t>(row) * kKvTile, s.p + static_cast<int64_t>(row) * kKvTile,
                 num_blocks * kKvBlock, first, position - tile_start, &s.tile_m[row], &s.tile_l[row]);
   }
-  value_tile(args, table, num_blocks, s, rows);
+  value_tile(plain, table, num_blocks, s, rows);
   for (int row = 0; row < rows; ++row) merge_row(s, row, args.head_dim);
 }
 

@@ -133,6 +133,18 @@ static void quantize_q8(const float* x, int8_t* codes, GroupMeta* meta, int64_t 
   for (int64_t g = 0; g < n / kGroup; ++g) quantize_group(x + g * kGroup, codes + g * kGroup, meta + g);
 }
 
+static float quantize_head(const float* x, int8_t* codes, int64_t n) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < n; ++i) largest = __builtin_fabsf(x[i]) > largest ? __builtin_fabsf(x[i]) : largest;
+  const bool usable = largest > 1e-30f && largest < 1e38f;
+  const float inverse = usable ? 127.0f / largest : 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool kept = usable && x[i] == x[i];  // a NaN has no code
+    codes[i] = static_cast<int8_t>(static_cast<int32_t>(round_even(kept ? x[i] * inverse : 0.0f)));
+  }
+  return usable ? largest / 127.0f : 0.0f;
+}
+
 static void round_bf16(const float* x, uint16_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(x[i]);
 }
@@ -266,6 +278,7 @@ static void exp_weights(const float* x, float largest, float inverse_temperature
   table.layer_norm = layer_norm;
   table.quantize_q8 = quantize_q8;
   table.round_bf16 = round_bf16;
+  table.quantize_head = quantize_head;
   table.head = head;
   table.activate = activate;
   table.gated = gated;

@@ -20,6 +20,19 @@ void write_value(uint16_t* block, int offset, const uint16_t* head, int head_dim
   for (int d = 0; d < head_dim; ++d) pairs[2 * d] = head[d];
 }
 
+// The same as int8 codes with the token's scale behind them.
+void write_codes(uint16_t* block, int offset, const int8_t* codes, float scale, int head_dim, bool value) {
+  auto* bytes = reinterpret_cast<int8_t*>(block);
+  float* scales = reinterpret_cast<float*>(bytes + int64_t{2} * kKvBlock * head_dim) + (value ? kKvBlock : 0);
+  scales[offset] = scale;
+  if (value) {
+    int8_t* pairs = bytes + (kKvBlock + offset / 2 * 2) * head_dim + offset % 2;
+    for (int d = 0; d < head_dim; ++d) pairs[2 * d] = codes[d];
+    return;
+  }
+  for (int d = 0; d < head_dim; d += 2) std::memcpy(bytes + d * kKvBlock + offset * 2, codes + d, 2);
+}
+
 }  // namespace
 
 int GemmNode::max_item_tiles() const {
@@ -121,14 +134,22 @@ void GemmNode::finish_head(const Step& step, const GemmItem& item, int64_t row, 
   }
   worker.kernels->head(head);
   if (item.kind == ItemKind::kQuery) return write_forms(*worker.kernels, out, row, item.out_column, x, head_dim);
-  uint16_t rounded[kMaxHeadDim];
-  worker.kernels->round_bf16(x, rounded, head_dim);
+  write_cache(step, item, row, x, worker);
+}
+
+void GemmNode::write_cache(const Step& step, const GemmItem& item, int64_t row, const float* x,
+                           const Worker& worker) const {
   const Slot slot = step.slots[static_cast<size_t>(row)];
   uint16_t* block = step.kv->at(layer, slot.block, item.head);
-  if (item.kind == ItemKind::kKey)
-    write_key(block, slot.offset, rounded, head_dim);
-  else
-    write_value(block, slot.offset, rounded, head_dim);
+  const bool value = item.kind == ItemKind::kValue;
+  if (step.kv->int8) {
+    int8_t codes[kMaxHeadDim];
+    const float scale = worker.kernels->quantize_head(x, codes, head_dim);
+    return write_codes(block, slot.offset, codes, scale, head_dim, value);
+  }
+  uint16_t rounded[kMaxHeadDim];
+  worker.kernels->round_bf16(x, rounded, head_dim);
+  value ? write_value(block, slot.offset, rounded, head_dim) : write_key(block, slot.offset, rounded, head_dim);
 }
 
 }  // namespace llmserve

@@ -38,14 +38,15 @@ struct AttentionArgs {
   float scale = 0;
   const int32_t* table = nullptr;  // block table of the sequence
   const uint16_t* kv = nullptr;    // this layer and KV head: K [D/2][16][2] then V [8][D][2] of block 0
-  int64_t block_stride = 0;        // in elements
+  int64_t block_stride = 0;        // in units of two bytes
+  bool int8 = false;               // codes and scales instead of bf16 (KvCache)
   float* out = nullptr;            // same shape as q
   int64_t out_stride = 0;
   uint8_t* scratch = nullptr;  // attention_scratch_bytes(head_dim), 64-byte aligned
 };
 constexpr size_t attention_scratch_bytes(int head_dim) {
   return static_cast<size_t>(kMaxQueryRows) * (static_cast<size_t>(head_dim) * (2 + 4 + 4) + kKvTile * (4 + 2) + 16) +
-         256;
+         static_cast<size_t>(kKvTile) * static_cast<size_t>(head_dim) * 2 * 2 + 256;
 }
 
 struct HeadRow {
@@ -73,6 +74,8 @@ struct KernelTable {
   void (*unpack_q4)(const uint8_t* tile, uint8_t* out, int64_t groups, bool minimum);
 
   void (*attention)(const AttentionArgs&);
+  // One head of one token as int8 codes; returns their scale.
+  float (*quantize_head)(const float* x, int8_t* codes, int64_t n);
 
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* out, int64_t n, float eps);

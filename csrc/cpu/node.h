@@ -153,6 +153,7 @@ class GemmNode : public Node {
   void unpack(const GemmItem& item, const Worker& worker, uint8_t* slab) const;
   void finish_row(const Step& step, const GemmItem& item, int64_t row, float* x, const Worker& worker) const;
   void finish_plain(const GemmItem& item, int64_t row, float* x, const Worker& worker) const;
+  void write_cache(const Step& step, const GemmItem& item, int64_t row, const float* x, const Worker& worker) const;
   void finish_head(const Step& step, const GemmItem& item, int64_t row, float* x, const Worker& worker) const;
 };
 

@@ -111,6 +111,7 @@ void AttentionNode::run(const Step& step, int64_t item, const Worker& worker) co
   args.table = step.tables[static_cast<size_t>(chunk.seq)];
   args.kv = step.kv->at(layer, 0, kv_head);
   args.block_stride = step.kv->block_stride();
+  args.int8 = step.kv->int8;
   args.scratch = worker.scratch;
   args.out = reinterpret_cast<float*>(worker.scratch + attention_scratch_bytes(head_dim) / 64 * 64);
   args.out_stride = columns;

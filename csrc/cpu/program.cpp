@@ -79,7 +79,7 @@ void Program::add_node(std::unique_ptr<Node> node) {
   scratch_ = Mapping();
 }
 
-void Program::allocate_kv(int num_layers, int num_blocks, int kv_heads, int head_dim) {
+void Program::allocate_kv(int num_layers, int num_blocks, int kv_heads, int head_dim, bool int8) {
   if (head_dim % 16 != 0 || head_dim > kMaxHeadDim)
     throw std::invalid_argument("head_dim: " + std::to_string(head_dim) + " is not a multiple of 16 up to 512");
   KvCache kv;
@@ -87,8 +87,9 @@ void Program::allocate_kv(int num_layers, int num_blocks, int kv_heads, int head
   kv.num_blocks = num_blocks;
   kv.kv_heads = kv_heads;
   kv.head_dim = head_dim;
+  kv.int8 = int8;
   kv.memory =
-      Mapping(KvCache::bytes_per_block(num_layers, kv_heads, head_dim) * static_cast<size_t>(num_blocks), false);
+      Mapping(KvCache::bytes_per_block(num_layers, kv_heads, head_dim, int8) * static_cast<size_t>(num_blocks), false);
   kv_ = std::move(kv);
 }
 

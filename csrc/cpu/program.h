@@ -53,7 +53,7 @@ class Program {
   void add_node(std::unique_ptr<Node> node);
 
   // Throws std::bad_alloc, std::invalid_argument.
-  void allocate_kv(int num_layers, int num_blocks, int kv_heads, int head_dim);
+  void allocate_kv(int num_layers, int num_blocks, int kv_heads, int head_dim, bool int8 = false);
   void set_query_heads_per_kv_head(int heads);
   void attach_progress(std::shared_ptr<ProgressCell> cell) { progress_ = std::move(cell); }
 

@@ -11,18 +11,24 @@
 
 namespace llmserve {
 
-// The paged KV cache: per (layer, block, KV head) K [D/2][16][2] then V [8][D][2], bf16.
+// The paged KV cache: per (layer, block, KV head) K [D/2][16][2] then V [8][D][2], in bf16; or in int8, followed by
+// 16 float32 scales of the keys and 16 of the values, one for each token.
 struct KvCache {
   Mapping memory;
   int num_layers = 0;
   int num_blocks = 0;
   int kv_heads = 0;
   int head_dim = 0;
+  bool int8 = false;
 
-  int64_t head_elements() const { return int64_t{2} * kKvBlock * head_dim; }
+  // In units of two bytes.
+  static int64_t head_elements(int dim, bool int8) {
+    return int8 ? int64_t{kKvBlock} * dim + int64_t{4} * kKvBlock : int64_t{2} * kKvBlock * dim;
+  }
+  int64_t head_elements() const { return head_elements(head_dim, int8); }
   int64_t block_stride() const { return head_elements() * kv_heads; }
-  static size_t bytes_per_block(int layers, int heads, int dim) {
-    return static_cast<size_t>(layers) * static_cast<size_t>(heads) * static_cast<size_t>(dim) * kKvBlock * 2 * 2;
+  static size_t bytes_per_block(int layers, int heads, int dim, bool int8) {
+    return static_cast<size_t>(layers) * static_cast<size_t>(heads) * static_cast<size_t>(head_elements(dim, int8)) * 2;
   }
   uint16_t* at(int layer, int64_t block, int head) const {
     return reinterpret_cast<uint16_t*>(memory.data()) +

@@ -91,6 +91,7 @@ def command(
     threads: options.Threads = 0,
     exact: options.Exact = False,
     step_lease: options.StepLease = True,
+    kv_cache_dtype: options.KVCacheDtypeOption = "bf16",
     trace: options.Trace = None,
 ) -> int:
     """Run the command; see `HELP`."""
@@ -113,6 +114,7 @@ def command(
             threads=threads,
             exact=exact,
             step_lease=step_lease,
+            kv_cache_dtype=kv_cache_dtype,
             trace=trace,
         )
         server = ServerConfig(

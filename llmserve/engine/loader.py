@@ -42,6 +42,7 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
             block_size=config.block_size,
             num_threads=config.num_threads,
             exact=config.exact,
+            kv_cache_dtype=config.kv_cache_dtype,
         ),
         progress=progress,
     )

@@ -26,7 +26,9 @@ BLOCK_SIZE = 16
 class CpuExecutor:
     """A compiled network. `block_pool` appears with `allocate_kv`."""
 
-    def __init__(self, program: _C.Program, attention: list[AttentionNode], *, weight_bytes: int) -> None:
+    def __init__(
+        self, program: _C.Program, attention: list[AttentionNode], *, weight_bytes: int, kv_int8: bool = False
+    ) -> None:
         self.program = program
         self.weight_bytes = weight_bytes
         self.isa: str = program.isa
@@ -34,18 +36,20 @@ class CpuExecutor:
         self.block_pool: _C.BlockPool | None = None
         self._spec = attention[0].spec
         self._num_layers = len(attention)
+        self._kv_int8 = kv_int8
         self._output: StepOutput | None = None
         self._lease: contextlib.AbstractContextManager[bool | None] = contextlib.nullcontext()
 
     def kv_bytes_per_block(self) -> int:
         """Bytes of one block over all layers."""
-        bytes_per_token = self._num_layers * self._spec.kv_heads * self._spec.head_dim * 2 * 2
-        return bytes_per_token * BLOCK_SIZE
+        return _C.kv_block_bytes(self._num_layers, self._spec.kv_heads, self._spec.head_dim, self._kv_int8)
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Create the KV cache (reserved, backed when touched) and the block pool. Raises `OutOfMemory`."""
         try:
-            self.program.allocate_kv(self._num_layers, num_blocks, self._spec.kv_heads, self._spec.head_dim)
+            self.program.allocate_kv(
+                self._num_layers, num_blocks, self._spec.kv_heads, self._spec.head_dim, self._kv_int8
+            )
         except MemoryError as error:
             need = self.kv_bytes_per_block() * num_blocks
             raise OutOfMemory(f"a KV cache of {num_blocks} blocks ({need} bytes) does not fit into memory") from error
@@ -121,4 +125,5 @@ def build(config: ModelConfig, forward: Forward, executor_config: ExecutorConfig
     emitter.pack(plan.nodes, progress)
     for node in plan.nodes:
         emitter.add(node)
-    return CpuExecutor(program, plan.attention, weight_bytes=emitter.weight_bytes)
+    kv_int8 = executor_config.kv_cache_dtype == "int8"
+    return CpuExecutor(program, plan.attention, weight_bytes=emitter.weight_bytes, kv_int8=kv_int8)

@@ -15,7 +15,7 @@ import numpy as np
 
 from llmserve.checkpoints.dequantize import dequantize
 from llmserve.config import ExecutorConfig, ModelConfig
-from llmserve.errors import ExtensionNotBuilt, OutOfMemory
+from llmserve.errors import ExtensionNotBuilt, InvalidRequest, OutOfMemory
 from llmserve.ops import Forward, Progress
 from llmserve.ops import reference_math as math_
 from llmserve.ops.protocol import (
@@ -275,6 +275,8 @@ def build(
 ) -> ReferenceExecutor:
     """Dequantize the weights and return the executor. `config` is not needed: the forward says it all."""
     del config
+    if executor_config.kv_cache_dtype != "bf16":
+        raise InvalidRequest("kv_cache_dtype: the reference executor's cache is float32", param="kv_cache_dtype")
     return ReferenceExecutor(forward, executor_config, progress=progress)
 
 
