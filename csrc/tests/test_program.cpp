@@ -1,5 +1,6 @@
 // A whole program in C++: a small network over the paged cache, whatever the number of threads, rows and chunks.
 #include <array>
+#include <filesystem>
 #include <thread>
 #include <vector>
 
@@ -266,7 +267,7 @@ TEST(program_sequences_of_one_step_do_not_mix) {
 
 TEST(program_obeys_the_abort_flag_and_runs_again) {
   const Network network(random);
-  const std::string path = join("/tmp/llmserve_tests_progress_", getpid());
+  const std::string path = join(std::filesystem::temp_directory_path().string(), "/llmserve_tests_progress_", getpid());
   const auto cell = std::make_shared<ProgressCell>(path, true);
   unlink(path.c_str());
   const auto program = build(network, "", 3);
@@ -325,7 +326,7 @@ TEST(program_forks_a_sequence_in_the_middle_of_a_block) {
 
 TEST(program_that_is_aborted_or_refuses_leaves_copies_and_zeroing_to_the_next_step) {
   const Network network(random);
-  const std::string path = join("/tmp/llmserve_tests_pending_", getpid());
+  const std::string path = join(std::filesystem::temp_directory_path().string(), "/llmserve_tests_pending_", getpid());
   const auto cell = std::make_shared<ProgressCell>(path, true);
   unlink(path.c_str());
   const auto program = build(network, "", 2);

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <filesystem>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -17,7 +18,7 @@ namespace {
 
 // A lease file that is gone when the test ends.
 struct LeaseFile {
-  std::string path = join("/tmp/llmserve_tests_lease_", getpid());
+  std::string path = join(std::filesystem::temp_directory_path().string(), "/llmserve_tests_lease_", getpid());
   ~LeaseFile() { unlink(path.c_str()); }
   std::unique_ptr<StepLease> open(std::vector<int> cores, double patience_s = 30.0) const {
     return std::make_unique<StepLease>(path, std::move(cores), nullptr, patience_s);

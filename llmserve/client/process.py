@@ -80,8 +80,8 @@ class ProcessClient:
         self._folder = FrontendFolder()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._started = asyncio.get_running_loop().create_future()
-        self._spawn()
         try:
+            self._spawn()
             return await asyncio.shield(self._started)
         except BaseException:
             await self.stop()

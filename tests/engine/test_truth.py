@@ -12,8 +12,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,10 +39,11 @@ TIMEOUT_S = 0.4
 
 
 @pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lease and a runtime folder of this test alone."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", f"/tmp/llmserve-test-{os.getpid()}")
-    Path(os.environ["XDG_RUNTIME_DIR"]).mkdir(mode=0o700, exist_ok=True)
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A lease and a runtime folder of this test alone; its path is short, as those of sockets must be."""
+    with tempfile.TemporaryDirectory(prefix="llmserve-") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield
 
 
 @pytest.fixture(scope="module")
