@@ -64,6 +64,8 @@ class Reply:
     started_s: float
     """Before the connection was opened."""
     status: int = 0
+    retry_after: bytes = b""
+    """The header of a refusal."""
     events: list[tuple[float, bytes]] = field(default_factory=list)
     """Arrival time and bytes of one or more whole events."""
     body: bytes = b""
@@ -98,6 +100,8 @@ class _Receiver(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"content-type":
             self._is_stream = value.startswith(b"text/event-stream")
+        elif name.lower() == b"retry-after":
+            self._reply.retry_after = value
 
     def on_headers_complete(self) -> None:
         self._reply.status = self._parser.get_status_code()
