@@ -169,6 +169,16 @@ void BlockPool::finish_pending() {
   if (!copies_.empty()) take_copies();
 }
 
+void BlockPool::finish_pending(const std::vector<int32_t>& zeroed) {
+  for (const int32_t block : zeroed) at(block).is_new = false;
+  std::erase_if(new_blocks_, [this](int32_t block) {
+    Block& state = at(block);
+    if (!state.is_new) state.is_listed = false;
+    return !state.is_new;
+  });
+  if (!copies_.empty()) take_copies();
+}
+
 void BlockPool::forget_new_blocks() {
   for (const int32_t block : new_blocks_) at(block).is_new = at(block).is_listed = false;
   new_blocks_.clear();

@@ -96,6 +96,9 @@ class BlockPool {
   std::vector<int32_t> take_new_blocks();
   std::vector<BlockCopy> take_copies();
   void finish_pending();
+  bool is_new(int32_t block) const { return at(block).is_new; }
+  // The same for a step that zeroed only these: the others stay new until a step reaches them.
+  void finish_pending(const std::vector<int32_t>& zeroed);
 
   // Throws std::runtime_error when tables, references, free blocks and index disagree.
   void check_integrity() const;

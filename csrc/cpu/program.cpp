@@ -125,7 +125,7 @@ bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
   ++num_runs_;
   const bool finished = abort_after_.load(std::memory_order_relaxed) == kNever;
   if (finished) step_.record();
-  if (finished) blocks.finish_pending();
+  if (finished) blocks.finish_pending(step_.new_blocks);
   return finished;
 }
 

@@ -1,6 +1,7 @@
 #include "cpu/step.h"
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -11,6 +12,7 @@ void Step::prepare(const StepArrays& arrays, const BlockPool& pool, int max_posi
   tables.resize(static_cast<size_t>(num_seqs));
   slots.resize(static_cast<size_t>(num_tokens));
   chunks.clear();
+  new_blocks.clear();
   if (query_start[0] != 0 || query_start[num_seqs] != num_tokens)
     throw std::invalid_argument("query_start: does not span the tokens of the step");
   for (int seq = 0; seq < num_seqs; ++seq) prepare_sequence(seq, pool, max_position, tokens_per_chunk);
@@ -21,7 +23,9 @@ void Step::prepare(const StepArrays& arrays, const BlockPool& pool, int max_posi
     if (SamplingState* own = state(row)) own->rewind(sample_position[row]);
   std::stable_sort(chunks.begin(), chunks.end(),
                    [](const QueryChunk& a, const QueryChunk& b) { return a.cost > b.cost; });
-  new_blocks = pool.new_blocks();
+  // A block can come twice only when sequences share it.
+  std::sort(new_blocks.begin(), new_blocks.end());
+  new_blocks.erase(std::unique(new_blocks.begin(), new_blocks.end()), new_blocks.end());
   copies = pool.copies();
 }
 
@@ -46,6 +50,11 @@ void Step::prepare_sequence(int seq, const BlockPool& pool, int max_position, in
     if (positions[row] != position) throw std::invalid_argument("positions: not consecutive up to seq_lens");
     slots[static_cast<size_t>(row)] = {table[static_cast<size_t>(position / kKvBlock)], position % kKvBlock};
   }
+  // Only what the step reaches: a long prompt has all its blocks from the start, and zeroing them at once would hold up
+  // everybody's tokens.
+  const auto reached = table.begin() + (seq_lens[seq] + kKvBlock - 1) / kKvBlock;
+  std::copy_if(table.begin(), reached, std::back_inserter(new_blocks),
+               [&pool](int32_t block) { return pool.is_new(block); });
   for (int row = first; row < end; row += tokens_per_chunk) {
     const int count = std::min(tokens_per_chunk, end - row);
     const int64_t last = start + row - first + count;

@@ -85,7 +85,8 @@ struct Step : StepArrays {
   std::vector<BlockCopy> copies;       // to be done next
   const KvCache* kv = nullptr;
 
-  // What the pool has pending stays there, so that a step that is not finished loses nothing.
+  // What the pool has pending stays there, so that a step that is not finished loses nothing. new_blocks are those that
+  // this step reaches.
   // Throws std::invalid_argument where the arrays contradict each other or the block tables.
   void prepare(const StepArrays& arrays, const BlockPool& pool, int max_position, int tokens_per_chunk);
 
