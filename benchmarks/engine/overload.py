@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine.overload [--seconds 30]
 
-A server with few places and a short queue. First its capacity: a closed loop with as many streams as it has places.
+A server with few places and a short queue. First its capacity: a closed loop with as many streams as it holds requests.
 Then an open loop: requests at ten times that rate, sent whether or not the server keeps up. Rates are the output
 tokens that arrived in a window which leaves out the first fifth, in answers that were complete. Refusals are timed from
 before the connection to the end of the answer, in the same process that reads all other answers.
@@ -62,6 +62,8 @@ class OverloadResult(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_waiting: int
     capacity_tokens_per_s: float
+    without_queue_tokens_per_s: float
+    """A closed loop with as many streams as places: all answers are equally long, so their prompts come together."""
     capacity_requests_per_s: float
     offered_requests_per_s: float
     goodput_tokens_per_s: float
@@ -90,8 +92,8 @@ def tokens_per_s(replies: list[Reply], output_tokens: int, start_s: float, end_s
     return sum(arrived) / (end_s - start_s)
 
 
-async def closed_loop(endpoint: Endpoint, requests: Iterator[bytes], seconds: float) -> list[Reply]:
-    """As many streams as there are places."""
+async def closed_loop(endpoint: Endpoint, requests: Iterator[bytes], num_streams: int, seconds: float) -> list[Reply]:
+    """Each stream sends a request when its last has ended."""
     until_s = time.perf_counter() + seconds
 
     async def stream() -> list[Reply]:
@@ -100,7 +102,7 @@ async def closed_loop(endpoint: Endpoint, requests: Iterator[bytes], seconds: fl
             replies.append(await exchange(endpoint, next(requests), timeout_s=_TIMEOUT_S))
         return replies
 
-    return list(itertools.chain.from_iterable(await asyncio.gather(*[stream() for _ in range(NUM_PLACES)])))
+    return list(itertools.chain.from_iterable(await asyncio.gather(*[stream() for _ in range(num_streams)])))
 
 
 async def open_loop(endpoint: Endpoint, requests: Iterator[bytes], rate: float, seconds: float) -> list[Reply]:
@@ -131,10 +133,13 @@ async def measure(endpoint: Endpoint, pid: int, load: Load, seconds: float) -> d
     load = await prepare(endpoint, load)
     prompts = random_prompts(load.prompt_tokens, 17)
     bodies = (endpoint.request("POST", load.path, load.body(prompt)) for prompt in prompts)
-    started_s = time.perf_counter()
-    replies = await closed_loop(endpoint, bodies, seconds / 2)
-    window = started_s + seconds / 2 * _RAMP, started_s + seconds / 2
-    capacity = tokens_per_s(replies, load.output_tokens, *window)
+    capacities = {}
+    for num_streams in (NUM_PLACES, NUM_PLACES + NUM_WAITING):
+        started_s = time.perf_counter()
+        replies = await closed_loop(endpoint, bodies, num_streams, seconds / 2)
+        window = started_s + seconds / 2 * _RAMP, started_s + seconds / 2
+        capacities[num_streams] = tokens_per_s(replies, load.output_tokens, *window)
+    capacity = capacities[NUM_PLACES + NUM_WAITING]
     before = resident(pid)
     rate = FACTOR * capacity / load.output_tokens
     started_s = time.perf_counter()
@@ -142,6 +147,7 @@ async def measure(endpoint: Endpoint, pid: int, load: Load, seconds: float) -> d
     goodput = tokens_per_s(replies, load.output_tokens, started_s + seconds * _RAMP, started_s + seconds)
     return {
         "capacity_tokens_per_s": round(capacity, 1),
+        "without_queue_tokens_per_s": round(capacities[NUM_PLACES], 1),
         "capacity_requests_per_s": round(capacity / load.output_tokens, 2),
         "offered_requests_per_s": round(rate, 2),
         "goodput_tokens_per_s": round(goodput, 1),
@@ -186,8 +192,8 @@ def misses_of(result: OverloadResult) -> list[str]:
 def main() -> int:
     parser = arguments_of(__doc__, "overload.json")
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=128)
     arguments = parser.parse_args()
     load = Load(prompt_tokens=arguments.prompt_tokens, output_tokens=arguments.output_tokens)
     port = free_port()

@@ -70,8 +70,12 @@ class Scheduler:
 
     @property
     def is_full(self) -> bool:
-        """Whether no more sequences may wait."""
-        return 0 < self._config.max_num_waiting <= self.num_waiting
+        """Whether no more sequences may wait. Free places count: who will run in the next step does not wait.
+
+        A frontend that counts its requests comes to the same, and refuses without the time of a step.
+        """
+        limit = self._config.max_num_waiting
+        return limit > 0 and self.num_waiting + len(self.running) >= self._config.max_num_seqs + limit
 
     def add(self, seq: Sequence) -> None:
         """Queue a fresh sequence."""
