@@ -13,17 +13,39 @@ import gc
 import statistics
 import time
 
+import msgspec
 import numpy as np
 
+from benchmarks.peers.results import RESULTS, save_json
 from llmserve._C import BlockPool
 from llmserve.engine.engine import Engine
 from llmserve.engine.scheduler import SchedulerConfig
 from llmserve.ops.protocol import StepInput, StepOutput
+from llmserve.tools.bench_host import Host, describe_host
 from llmserve.types import EngineInfo, Request, SamplingParams
 
 BUDGET_US = {32: 150.0, 256: 600.0}
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 256
+
+
+class OverheadRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One load."""
+
+    num_running: int
+    num_waiting: int
+    logprobs: bool
+    median_us: float
+    p99_us: float
+    budget_us: float
+
+
+class Overhead(msgspec.Struct, frozen=True, kw_only=True):
+    """The result file."""
+
+    host: Host
+    steps: int
+    rows: list[OverheadRow]
 
 
 class IdleExecutor:
@@ -101,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
+    rows = []
     print("| running | waiting | logprobs | median µs | p99 µs | budget µs |")
     print("|---:|---:|---:|---:|---:|---:|")
     for num_running, budget_us in BUDGET_US.items():
@@ -109,7 +132,14 @@ def main() -> None:
             median = statistics.median(times) * 1e6
             p99 = statistics.quantiles(times, n=100)[98] * 1e6
             logprobs = "no" if num_logprobs is None else "yes"
+            rows.append(
+                OverheadRow(
+                    num_running=num_running, num_waiting=num_waiting, logprobs=num_logprobs is not None,
+                    median_us=round(median, 1), p99_us=round(p99, 1), budget_us=budget_us,
+                )
+            )  # fmt: skip
             print(f"| {num_running} | {num_waiting} | {logprobs} | {median:.0f} | {p99:.0f} | {budget_us:.0f} |")
+    save_json(Overhead(host=describe_host(), steps=arguments.steps, rows=rows), RESULTS / "overhead.json")
 
 
 if __name__ == "__main__":

@@ -289,3 +289,13 @@ def test_lowest_priority_then_newest_is_preempted() -> None:
     assert gone[:2] == ["low", "new"]
     assert all(tokens_of(found) == expected_tokens([1] * 7, 30) for found in outputs.values())
     assert_nothing_held(engine, executor)
+
+
+def test_free_places_count_before_the_queue_is_full() -> None:
+    engine, executor = make_engine(max_num_seqs=2, policy={"max_num_waiting": 1})
+    for number in range(4):
+        engine.submit(make_request(str(number), [1], max_tokens=2))
+    outputs = run(engine)
+    refused = [name for name, own in outputs.items() if own[-1].error_kind == "Overloaded"]
+    assert refused == ["3"]
+    assert_nothing_held(engine, executor)

@@ -85,3 +85,15 @@ def test_a_cached_prefix_gives_what_computing_it_gives(executor: Executor) -> No
     assert pool.admit([second], [text], [0], [len(text)], [True]) == [32]
     rest = logprobs(executor, Piece(second, text[32:], 32))
     np.testing.assert_allclose(rest, whole[32:], atol=0 if executor.isa != "numpy" else 1e-4)
+
+
+def test_a_step_zeroes_the_blocks_that_it_reaches(executor: Executor) -> None:
+    if executor.isa == "numpy":
+        pytest.skip("the reference has a cache of its own")
+    pool = executor.block_pool  # type: ignore[attr-defined]
+    handle = new_sequence(executor, len(PROMPT))
+    table = pool.table(handle)
+    assert len(table) == 2
+    logprobs(executor, Piece(handle, PROMPT[:10], 0))
+    logprobs(executor, Piece(handle, PROMPT[10:12], 10))
+    assert pool.take_new_blocks() == table[1:]
