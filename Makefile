@@ -145,6 +145,12 @@ gpu-test: dev ## tests that need an NVIDIA GPU
 	elif ! $(call HAS_FILES,tests/gpu/test_*.py); then echo "skipped: there are no GPU tests"; \
 	else $(BIN)/python -m pytest -q -rs -m gpu tests/gpu; fi
 
+.PHONY: gpu-bench
+gpu-bench: dev ## benchmarks that need an NVIDIA GPU
+	@if ! $(HAS_GPU); then echo "skipped: no NVIDIA GPU (nvidia-smi finds none)"; \
+	elif ! $(call HAS_FILES,benchmarks/gpu/*.py); then echo "skipped: there are no GPU benchmarks"; \
+	else $(BIN)/python -m benchmarks.gpu; fi
+
 .PHONY: reference-env
 reference-env: ## build .venv-reference: torch and transformers, which golden values come from
 	@test -x .venv-reference/bin/python || $(PYTHON) -m venv .venv-reference
