@@ -95,7 +95,7 @@ def build(config: ModelConfig, tensors: Mapping[str, CheckpointTensor]) -> Calla
         final_norm=reader.take("final_norm", config.hidden_size),
         head=embed if config.tie_word_embeddings else reader.take("head", config.vocab_size, config.hidden_size),
         rope=rope_spec(config.rope, config.head_dim),
-        # A windowed layer keeps all its blocks for now, so that all layers read one group of tables.
+        # A windowed layer keeps all its blocks: so all layers read one group of tables.
         attention=AttentionSpec(
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
