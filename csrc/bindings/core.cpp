@@ -10,9 +10,12 @@ namespace llmserve {
 namespace {
 
 DType parse_dtype(const std::string& name) {
-  for (const DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ4_0, DType::kQ4_1, DType::kQ8_0})
+  std::string known;
+  for (const DType type : kDTypes) {
     if (name == dtype_name(type)) return type;
-  throw std::invalid_argument("dtype: '" + name + "' is not one of f32, f16, bf16, q4_0, q4_1, q8_0");
+    known += (known.empty() ? "" : ", ") + std::string(dtype_name(type));
+  }
+  throw std::invalid_argument("dtype: '" + name + "' is not one of " + known);
 }
 
 BoundTensor make_tensor(const py::buffer& data, const std::string& dtype, int64_t rows, int64_t columns,

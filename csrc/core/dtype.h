@@ -1,4 +1,4 @@
-// Element types of checkpoints and packed weights.
+// Element types of checkpoints.
 #pragma once
 
 #include <cstddef>
@@ -6,40 +6,60 @@
 
 namespace llmserve {
 
-enum class DType : uint8_t { kF32, kF16, kBF16, kQ4_0, kQ4_1, kQ8_0 };
+enum class DType : uint8_t {
+  kF32,
+  kF16,
+  kBF16,
+  kQ4_0,
+  kQ4_1,
+  kQ5_0,
+  kQ5_1,
+  kQ8_0,
+  kQ2_K,
+  kQ3_K,
+  kQ4_K,
+  kQ5_K,
+  kQ6_K,
+  kIQ4_NL,
+  kIQ4_XS,
+};
 
-// Values that share one scale in the block formats; 1 for plain types.
-constexpr int block_values(DType type) {
-  return type == DType::kF32 || type == DType::kF16 || type == DType::kBF16 ? 1 : 32;
-}
+constexpr DType kDTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ4_0,   DType::kQ4_1,
+                             DType::kQ5_0, DType::kQ5_1, DType::kQ8_0, DType::kQ2_K,   DType::kQ3_K,
+                             DType::kQ4_K, DType::kQ5_K, DType::kQ6_K, DType::kIQ4_NL, DType::kIQ4_XS};
 
-// Bytes of one block (block formats) or of one element (plain types).
-constexpr size_t block_bytes(DType type) {
+struct DTypeInfo {
+  const char* name;
+  int block_values;    // 1 for plain types
+  size_t block_bytes;  // of one block, or of one element of a plain type
+};
+
+constexpr DTypeInfo dtype_info(DType type) {
   switch (type) {
-    case DType::kF32: return 4;
-    case DType::kF16: return 2;
-    case DType::kBF16: return 2;
-    case DType::kQ4_0: return 18;  // fp16 scale, 16 bytes of codes
-    case DType::kQ4_1: return 20;  // fp16 scale, fp16 minimum, 16 bytes of codes
-    case DType::kQ8_0: return 34;  // fp16 scale, 32 signed bytes
+    case DType::kF32: return {"f32", 1, 4};
+    case DType::kF16: return {"f16", 1, 2};
+    case DType::kBF16: return {"bf16", 1, 2};
+    case DType::kQ4_0: return {"q4_0", 32, 18};
+    case DType::kQ4_1: return {"q4_1", 32, 20};
+    case DType::kQ5_0: return {"q5_0", 32, 22};
+    case DType::kQ5_1: return {"q5_1", 32, 24};
+    case DType::kQ8_0: return {"q8_0", 32, 34};
+    case DType::kQ2_K: return {"q2_k", 256, 84};
+    case DType::kQ3_K: return {"q3_k", 256, 110};
+    case DType::kQ4_K: return {"q4_k", 256, 144};
+    case DType::kQ5_K: return {"q5_k", 256, 176};
+    case DType::kQ6_K: return {"q6_k", 256, 210};
+    case DType::kIQ4_NL: return {"iq4_nl", 32, 18};
+    case DType::kIQ4_XS: return {"iq4_xs", 256, 136};
   }
-  return 0;
+  return {"?", 1, 0};
 }
 
+constexpr const char* dtype_name(DType type) { return dtype_info(type).name; }
+constexpr int block_values(DType type) { return dtype_info(type).block_values; }
+constexpr size_t block_bytes(DType type) { return dtype_info(type).block_bytes; }
 constexpr size_t row_bytes(DType type, int64_t columns) {
   return static_cast<size_t>(columns / block_values(type)) * block_bytes(type);
-}
-
-constexpr const char* dtype_name(DType type) {
-  switch (type) {
-    case DType::kF32: return "f32";
-    case DType::kF16: return "f16";
-    case DType::kBF16: return "bf16";
-    case DType::kQ4_0: return "q4_0";
-    case DType::kQ4_1: return "q4_1";
-    case DType::kQ8_0: return "q8_0";
-  }
-  return "?";
 }
 
 }  // namespace llmserve

@@ -4,6 +4,10 @@
 // to integers uses the 1.5 * 2^23 trick: so all ISAs agree bit by bit. No std:: templates: their symbols are weak and
 // the linker would keep one ISA's copy for all.
 
+#include "cpu/numbers.inl"
+#include "cpu/grid.inl"
+#include "cpu/dequantize.inl"
+
 constexpr int kLanes = 16;
 
 static inline float reduce_lanes(const float* lanes) {
@@ -12,25 +16,6 @@ static inline float reduce_lanes(const float* lanes) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) t[i] += t[i + width];
   return t[0];
-}
-
-static inline uint32_t float_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
-static inline float bits_float(uint32_t x) { return __builtin_bit_cast(float, x); }
-
-// Round to nearest even; the payload of a NaN is kept non-zero.
-static inline uint16_t to_bf16(float x) {
-  const uint32_t bits = float_bits(x);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
-}
-static inline float from_bf16(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
-
-static inline float from_f16(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7FFFu) << 13;
-  if ((h & 0x7C00u) == 0x7C00u) return bits_float(sign | magnitude | 0x7F800000u);
-  // Scaling by 2^112 moves the exponent bias and normalizes denormals exactly.
-  return bits_float(sign | float_bits(bits_float(magnitude) * 0x1p112f));
 }
 
 static inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
@@ -211,39 +196,6 @@ static void add(const float* x, const float* y, float* out, int64_t n) {
 
 static void scale(const float* x, float by, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] * by;
-}
-
-static inline uint16_t read_u16(const uint8_t* p) { return static_cast<uint16_t>(p[0] | (p[1] << 8)); }
-
-static void dequantize(DType type, const uint8_t* row, float* out, int64_t n) {
-  switch (type) {
-    case DType::kF32: __builtin_memcpy(out, row, static_cast<size_t>(n) * 4); return;
-    case DType::kF16:
-      for (int64_t i = 0; i < n; ++i) out[i] = from_f16(read_u16(row + 2 * i));
-      return;
-    case DType::kBF16:
-      for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(read_u16(row + 2 * i));
-      return;
-    case DType::kQ4_0:
-    case DType::kQ4_1: {
-      const size_t header = type == DType::kQ4_0 ? 2 : 4;
-      for (int64_t b = 0; b < n / kGroup; ++b, row += header + 16, out += kGroup) {
-        const float d = from_f16(read_u16(row));
-        const float m = type == DType::kQ4_0 ? -8.0f * d : from_f16(read_u16(row + 2));
-        for (int i = 0; i < 16; ++i) {
-          out[i] = static_cast<float>(row[header + static_cast<size_t>(i)] & 15) * d + m;
-          out[i + 16] = static_cast<float>(row[header + static_cast<size_t>(i)] >> 4) * d + m;
-        }
-      }
-      return;
-    }
-    case DType::kQ8_0:
-      for (int64_t b = 0; b < n / kGroup; ++b, row += 34, out += kGroup) {
-        const float d = from_f16(read_u16(row));
-        for (int i = 0; i < kGroup; ++i) out[i] = static_cast<float>(static_cast<int8_t>(row[2 + i])) * d;
-      }
-      return;
-  }
 }
 
 static float maximum(const float* x, int64_t n) {

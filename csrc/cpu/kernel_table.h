@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpu/grid.h"
 #include "cpu/layout.h"
 
 namespace llmserve {

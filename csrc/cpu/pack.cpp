@@ -8,12 +8,15 @@ namespace llmserve {
 
 namespace {
 
+// Types without a packed form of their own are packed as their float values.
+bool has_own_form(DType type) { return type == DType::kQ4_0 || type == DType::kQ4_1 || type == DType::kQ8_0; }
+
 bool can_pack(DType from, PackedType to) {
   switch (to) {
     case PackedType::kQ4_0: return from == DType::kQ4_0;
     case PackedType::kQ4_1: return from == DType::kQ4_1;
     case PackedType::kQ8_0: return from == DType::kQ8_0;
-    default: return block_values(from) == 1;
+    default: return !has_own_form(from);
   }
 }
 

@@ -1,5 +1,6 @@
 #include "tests/weights.h"
 
+#include "tests/blocks.h"
 #include "tests/numbers.h"
 
 namespace llmserve::test {
@@ -19,12 +20,11 @@ uint16_t random_half(Random& random) {
 }
 
 void fill_blocks(Random& random, DType dtype, Exact<uint8_t>& bytes) {
-  const size_t header = dtype == DType::kQ4_1 ? 4 : 2;
   for (size_t at = 0; at < bytes.size(); at += block_bytes(dtype)) {
     for (size_t i = 0; i < block_bytes(dtype); ++i) bytes[at + i] = static_cast<uint8_t>(random.bits());
-    for (size_t i = 0; i < header; i += 2) {
+    for (const size_t offset : half_offsets(dtype)) {
       const uint16_t half = random_half(random);
-      std::memcpy(bytes.data() + at + i, &half, 2);
+      std::memcpy(bytes.data() + at + offset, &half, 2);
     }
   }
 }
@@ -33,8 +33,6 @@ void fill_blocks(Random& random, DType dtype, Exact<uint8_t>& bytes) {
 
 double Weights::value(int64_t row, int64_t column) const {
   const uint8_t* start = view().row(row);
-  const int64_t within = column % 32;
-  const uint8_t* block = start + static_cast<size_t>(column / 32) * block_bytes(dtype);
   switch (dtype) {
     case DType::kF32: {
       float value;
@@ -43,14 +41,11 @@ double Weights::value(int64_t row, int64_t column) const {
     }
     case DType::kF16: return half_value(read16(start + column * 2));
     case DType::kBF16: return bf16_value(read16(start + column * 2));
-    case DType::kQ8_0: return half_value(read16(block)) * static_cast<int8_t>(block[2 + within]);
     default: break;
   }
-  const size_t header = dtype == DType::kQ4_1 ? 4 : 2;
-  const uint8_t both = block[header + static_cast<size_t>(within % 16)];
-  const int code = within < 16 ? both & 15 : both >> 4;
-  if (dtype == DType::kQ4_0) return half_value(read16(block)) * (code - 8);
-  return half_value(read16(block)) * code + half_value(read16(block + 2));
+  const int values = block_values(dtype);
+  const uint8_t* block = start + static_cast<size_t>(column / values) * block_bytes(dtype);
+  return block_value(dtype, block, static_cast<int>(column % values));
 }
 
 Weights random_weights(Random& random, DType dtype, int64_t rows, int64_t columns) {
