@@ -170,7 +170,7 @@ class CheckpointTensor:
     name: str
     """Canonical name (see `checkpoints.names`)."""
     dtype: str
-    """`f32`, `f16`, `bf16`, `q4_0`, `q4_1`, `q8_0`."""
+    """A key of `checkpoints.dtypes.BLOCKS`: `f32`, `q4_0`, …"""
     shape: tuple[int, ...]
     """Logical shape, row-major, e.g. (out_features, in_features)."""
     data: memoryview

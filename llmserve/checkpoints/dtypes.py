@@ -13,7 +13,16 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "bf16": (1, 2),
     "q4_0": (32, 18),
     "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
     "q8_0": (32, 34),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+    "iq4_nl": (32, 18),
+    "iq4_xs": (256, 136),
 }
 """dtype → (elements of a block, bytes of a block). Blocks lie along the last axis."""
 

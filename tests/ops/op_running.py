@@ -64,7 +64,8 @@ class OpenCpuExecutor:
         self.executor.allocate_kv(16)
         sample = plan.nodes[-1]
         assert isinstance(sample, n.SampleNode)
-        self._logits = emitter._values[sample.reads[0]]
+        self._values = emitter._values
+        self._logits = self._values[sample.reads[0]]
 
     def logits(self, num_rows: int) -> Logits:
         """Of the step launched last, [num_rows, VOCAB]."""

@@ -15,16 +15,9 @@ import gguf
 import numpy as np
 from safetensors import TensorSpec, serialize_file
 
+from tests.tiny import quantizers
 from tests.tiny.models import VOCAB_SIZE, Array, TinyModel, config_json, make_tensors
 
-_GGUF_TYPES: Final = {
-    "f32": gguf.GGMLQuantizationType.F32,
-    "f16": gguf.GGMLQuantizationType.F16,
-    "bf16": gguf.GGMLQuantizationType.BF16,
-    "q4_0": gguf.GGMLQuantizationType.Q4_0,
-    "q4_1": gguf.GGMLQuantizationType.Q4_1,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-}
 _GGUF_NAMES: Final = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -75,8 +68,9 @@ def write_gguf(model: TinyModel, path: Path) -> None:
         writer.add_tensor("rope_freqs.weight", _rope_factors(model))
     for name, values in make_tensors(model).items():
         stored = _permuted(model, name, values)
-        kind = _GGUF_TYPES[model.storage] if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(stored, kind), raw_dtype=kind)
+        kind = model.storage if values.ndim == 2 else "f32"
+        raw_dtype = quantizers.GGUF_TYPES[kind]
+        writer.add_tensor(_gguf_name(name), quantizers.quantize(stored, kind), raw_dtype=raw_dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -90,11 +84,9 @@ def stored_tensors(model: TinyModel) -> dict[str, Array]:
         return tensors
     if model.storage == "hf_bf16":
         return {name: (_to_bf16(values).astype(np.uint32) << 16).view(np.float32) for name, values in tensors.items()}
-    kind = _GGUF_TYPES[model.storage]
+    kind = model.storage
     return {
-        name: gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind).astype(np.float32)
-        if values.ndim == 2
-        else values
+        name: quantizers.dequantize(quantizers.quantize(values, kind), kind) if values.ndim == 2 else values
         for name, values in tensors.items()
     }
 

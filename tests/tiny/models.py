@@ -23,13 +23,19 @@ NUM_PROMPT_TOKENS: Final = 41
 NUM_SCORED_IDS: Final = 32
 
 
+Storage = Literal[
+    "hf_f32", "hf_bf16", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0",
+    "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyModel:
     """One network and the file it is stored in."""
 
     name: str
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
-    storage: Literal["hf_f32", "hf_bf16", "f32", "f16", "bf16", "q4_0", "q4_1", "q8_0"] = "hf_f32"
+    storage: Storage = "hf_f32"
     """`hf_*`: a folder with safetensors; otherwise a GGUF file whose matrices have this type."""
     hidden_size: int = 96
     intermediate_size: int = 160
@@ -95,6 +101,20 @@ MODELS: Final = {
         ),
     )
 }  # fmt: skip
+
+_WIDE: Final[tuple[Storage, ...]] = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs")
+_NARROW: Final[tuple[Storage, ...]] = ("q5_0", "q5_1", "iq4_nl")
+
+BLOCK_MODELS: Final = {
+    model.name: model
+    for model in (
+        *(TinyModel(name=f"llama_{kind}", model_type="llama", storage=kind) for kind in _NARROW),
+        *(TinyModel(name=f"llama_{kind}", model_type="llama", storage=kind, hidden_size=256, intermediate_size=512,
+                    num_heads=8, tied=kind in ("q4_k", "q6_k")) for kind in _WIDE),
+    )
+}  # fmt: skip
+"""One network for each further block type; those with blocks of 256 have rows of whole blocks. No golden values are
+kept for them: their truth is the reference executor, which the golden values of `MODELS` hold."""
 
 
 def config_json(model: TinyModel) -> dict[str, Any]:

@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from llmserve.checkpoints.dtypes import BLOCKS
+from tests.tiny.quantizers import GGUF_TYPES, quantize
+
 HIDDEN: Final = 64
 INNER: Final = 96
 VOCAB: Final = 40
@@ -21,20 +24,6 @@ KV_HEADS: Final = 2
 HEAD_DIM: Final = 16
 LAYERS: Final = 2
 
-GGUF_TYPES: Final = {
-    "f32": gguf.GGMLQuantizationType.F32,
-    "f16": gguf.GGMLQuantizationType.F16,
-    "bf16": gguf.GGMLQuantizationType.BF16,
-    "q4_0": gguf.GGMLQuantizationType.Q4_0,
-    "q4_1": gguf.GGMLQuantizationType.Q4_1,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-}
-
-LAYER_SHAPES: Final = {
-    "attn_norm": (HIDDEN,), "attn_q": (HEADS * HEAD_DIM, HIDDEN), "attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "attn_v": (KV_HEADS * HEAD_DIM, HIDDEN), "attn_output": (HIDDEN, HEADS * HEAD_DIM), "ffn_norm": (HIDDEN,),
-    "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
-}  # fmt: skip
 HF_SHAPES: Final = {
     "input_layernorm": (HIDDEN,), "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
     "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN), "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
@@ -57,12 +46,16 @@ def write_gguf(
     edit: Callable[[gguf.GGUFWriter], None] | None = None,
     vocabulary: int = VOCAB,
 ) -> Path:
-    """A two-layer model whose matrices are in `dtype`. `shapes` adds or replaces tensors, `edit` adds metadata."""
+    """A two-layer model whose matrices are in `dtype`. `shapes` adds or replaces tensors, `edit` adds metadata.
+
+    Types with blocks of 256 have rows eight times as wide.
+    """
+    widen = 8 if BLOCKS[dtype][0] == 256 else 1
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
+    writer.add_embedding_length(HIDDEN * widen)
+    writer.add_feed_forward_length(INNER * widen)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -77,9 +70,9 @@ def write_gguf(
     if edit is not None:
         edit(writer)
     rng = np.random.default_rng(seed)
-    for name, shape in gguf_shapes(shapes).items():
-        kind = GGUF_TYPES[dtype if len(shape) == 2 else "f32"]
-        writer.add_tensor(name, gguf.quants.quantize(random_array(rng, shape), kind), raw_dtype=kind)
+    for name, shape in gguf_shapes(shapes, widen=widen).items():
+        stored = dtype if len(shape) == 2 else "f32"
+        writer.add_tensor(name, quantize(random_array(rng, shape), stored), raw_dtype=GGUF_TYPES[stored])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -87,9 +80,15 @@ def write_gguf(
     return path
 
 
-def gguf_shapes(extra: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, tuple[int, ...]]:
-    layers = {f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in LAYER_SHAPES.items()}
-    top = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
+def gguf_shapes(extra: Mapping[str, tuple[int, ...]] | None = None, *, widen: int = 1) -> dict[str, tuple[int, ...]]:
+    hidden, inner, kv = HIDDEN * widen, INNER * widen, KV_HEADS * HEAD_DIM * widen
+    layer = {
+        "attn_norm": (hidden,), "attn_q": (hidden, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden),
+        "attn_output": (hidden, hidden), "ffn_norm": (hidden,), "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden), "ffn_down": (hidden, inner),
+    }  # fmt: skip
+    layers = {f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in layer.items()}
+    top = {"token_embd.weight": (VOCAB, hidden), "output_norm.weight": (hidden,)}
     return {**top, **layers, **(extra or {})}
 
 
