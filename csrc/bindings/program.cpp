@@ -7,12 +7,13 @@ namespace llmserve {
 namespace {
 
 PackedType parse_packed(const std::string& name) {
-  if (name == "q4_0") return PackedType::kQ4_0;
-  if (name == "q4_1") return PackedType::kQ4_1;
-  if (name == "q8_0") return PackedType::kQ8_0;
-  if (name == "bf16") return PackedType::kBF16;
-  if (name == "f32") return PackedType::kF32;
-  throw std::invalid_argument("type: '" + name + "' is not one of q4_0, q4_1, q8_0, bf16, f32");
+  std::string known;
+  for (int i = 0; i < kNumPackedTypes; ++i) {
+    const auto type = static_cast<PackedType>(i);
+    if (name == packed_name(type)) return type;
+    known += (known.empty() ? "" : ", ") + std::string(packed_name(type));
+  }
+  throw std::invalid_argument("type: '" + name + "' is not one of " + known);
 }
 
 Activation parse_activation(const std::string& name) {

@@ -28,6 +28,12 @@ static void dequantize(DType type, const uint8_t* row, float* out, int64_t n) {
     case DType::kBF16:
       for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(read_u16(row + 2 * i));
       return;
+    case DType::kI8: {
+      float channel_scale;
+      __builtin_memcpy(&channel_scale, row + n, 4);
+      for (int64_t i = 0; i < n; ++i) out[i] = channel_scale * static_cast<float>(static_cast<int8_t>(row[i]));
+      return;
+    }
     default: dequantize_blocks(type, row, out, n); return;
   }
 }

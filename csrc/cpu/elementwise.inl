@@ -75,47 +75,72 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
   }
 }
 
-static inline float largest_lane(const float* lanes) {
-  float largest = 0.0f;
-  for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
-  return largest;
-}
-
-static inline float largest_magnitude(const float* magnitudes) {
-  float lanes[kLanes] = {};
-  for (int i = 0; i < kGroup; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] = magnitudes[i + j] > lanes[j] ? magnitudes[i + j] : lanes[j];
-  return largest_lane(lanes);
-}
-
+// The group's codes by the rule of GroupMeta: the scale is that of the largest value outside the step of the high parts.
+// A group with a value that is not finite becomes NaN as a whole.
 static void quantize_group(const float* x, int8_t* codes, GroupMeta* meta) {
-  float magnitudes[kGroup];
-  for (int i = 0; i < kGroup; ++i) magnitudes[i] = __builtin_fabsf(x[i]);
-  const float first = largest_magnitude(magnitudes);
-  int at = 0;
-  for (int i = kGroup - 1; i >= 0; --i) at = magnitudes[i] == first ? i : at;
-  magnitudes[at] = 0.0f;
-  const float second = largest_magnitude(magnitudes);
-  // An infinite or vanishing group quantizes to zero codes rather than to undefined ones.
-  const bool finite = first < 1e38f;
-  const bool apart = finite && first > kOutlierRatio * second;
-  const float largest = apart ? second : first;
-  const bool usable = finite && largest > 1e-30f;
-  const float inverse = usable ? 127.0f / largest : 0.0f;
-  const float scale = usable ? largest / 127.0f : 0.0f;
-  int32_t sum = 0;
-  for (int i = 0; i < kGroup; ++i) {
-    const bool kept = usable && !(apart && i == at) && x[i] == x[i];  // a NaN has no code
-    const int32_t code = static_cast<int32_t>(round_even(kept ? x[i] * inverse : 0.0f));
-    codes[i] = static_cast<int8_t>(code);
-    sum += code;
+  constexpr int kSteps = kGroup / 4;
+  float magnitudes[kSteps], first = 0.0f, second = 0.0f;
+  bool finite = true;
+  for (int i = 0; i < kGroup; ++i) finite = finite && __builtin_fabsf(x[i]) < 1e38f;
+  for (int step = 0; step < kSteps; ++step) {
+    magnitudes[step] = 0.0f;
+    for (int i = step * 4; i < step * 4 + 4; ++i)
+      magnitudes[step] = __builtin_fabsf(x[i]) > magnitudes[step] ? __builtin_fabsf(x[i]) : magnitudes[step];
+    first = magnitudes[step] > first ? magnitudes[step] : first;
   }
-  const float value = apart ? x[at] : 0.0f;
-  *meta = {scale, static_cast<int16_t>(sum), static_cast<int16_t>(at), scale * static_cast<float>(sum) + value, value};
+  int at = 0;
+  for (int step = kSteps - 1; step >= 0; --step) at = magnitudes[step] == first ? step : at;
+  for (int step = 0; step < kSteps; ++step)
+    second = step != at && magnitudes[step] > second ? magnitudes[step] : second;
+  const float least = first * (1.0f / (1 << kHighBits));
+  const float largest = second > least ? second : least;
+  const bool usable = finite && first > 1e-28f;
+  const float inverse = usable ? 127.0f / largest : 0.0f;
+  const float scale = !finite ? __builtin_nanf("") : usable ? largest / 127.0f : 0.0f;
+  int32_t sums[2] = {};
+  int8_t high[4];
+  for (int i = 0; i < kGroup; ++i) {
+    const int32_t code = static_cast<int32_t>(round_even(usable ? x[i] * inverse : 0.0f));
+    const int32_t upper = i / 4 == at ? (code + (1 << (kHighBits - 1))) >> kHighBits : 0;
+    codes[i] = static_cast<int8_t>(code - upper * (1 << kHighBits));
+    if (i / 4 == at) high[i % 4] = static_cast<int8_t>(upper);
+    sums[i / (kGroup / 2)] += code;
+  }
+  __builtin_memcpy(&meta->high, high, 4);
+  meta->scale = scale;
+  meta->negative_sum = -(sums[0] + sums[1]);
+  meta->scaled_sum = scale * static_cast<float>(sums[0] + sums[1]);
+  meta->high_step = at;
+  meta->negative_first_sum = -sums[0];
+  meta->scaled_first_sum = scale * static_cast<float>(sums[0]);
+  meta->scaled_second_sum = scale * static_cast<float>(sums[1]);
 }
 
 static void quantize_q8(const float* x, int8_t* codes, GroupMeta* meta, int64_t n) {
   for (int64_t g = 0; g < n / kGroup; ++g) quantize_group(x + g * kGroup, codes + g * kGroup, meta + g);
+}
+
+// One row with one scale: NaN where a value is not finite.
+static RowMeta quantize_i8(const float* x, int8_t* codes, int64_t n) {
+  float lanes[kLanes] = {};
+  int32_t poisoned = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float magnitude = __builtin_fabsf(x[i]);
+    lanes[i % kLanes] = magnitude > lanes[i % kLanes] ? magnitude : lanes[i % kLanes];
+    poisoned |= magnitude < 1e38f ? 0 : 1;
+  }
+  float largest = 0.0f;
+  for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+  const bool usable = poisoned == 0 && largest > 1e-30f;
+  const float inverse = usable ? 127.0f / largest : 0.0f;
+  int32_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t code = static_cast<int32_t>(round_even(usable ? x[i] * inverse : 0.0f));
+    codes[i] = static_cast<int8_t>(code);
+    sum += code;
+  }
+  for (int64_t i = n; i % kTile != 0; ++i) codes[i] = 0;
+  return {poisoned != 0 ? __builtin_nanf("") : usable ? largest / 127.0f : 0.0f, -sum};
 }
 
 static float quantize_head(const float* x, int8_t* codes, int64_t n) {
@@ -229,6 +254,7 @@ static void exp_weights(const float* x, float largest, float inverse_temperature
   table.rms_norm = rms_norm;
   table.layer_norm = layer_norm;
   table.quantize_q8 = quantize_q8;
+  table.quantize_i8 = quantize_i8;
   table.round_bf16 = round_bf16;
   table.quantize_head = quantize_head;
   table.head = head;

@@ -1,8 +1,10 @@
 // Integer GEMM tiles for AVX-512 with VNNI: vpdpbusd with the weights as the unsigned operand in registers and four
 // activations broadcast from memory.
 //
-// Few rows: 4-bit codes are unpacked in registers while the tile streams by. Many rows: the tile was unpacked to bytes
-// in L2, six rows share its loads, and the float accumulators live in the output (L1).
+// Few rows: codes are unpacked in registers while the tile streams by; four rows share that work, their float
+// accumulators of all 64 channels and the integer ones of 32 channels fill the registers. Many rows: the codes were
+// unpacked to bytes in L2, and six rows by 32 channels share the loads. Either way nothing is spilled and the arithmetic
+// of a row is the same.
 #include <immintrin.h>
 
 #include "cpu/kernel_table.h"
@@ -12,6 +14,8 @@ namespace llmserve::avx512vnni {
 namespace {
 
 constexpr int kVectors = 4;  // zmm of 16 channels in a tile
+constexpr int kSteps = kGroup / 4;
+constexpr int64_t kStepBytes = kTile * 4;
 constexpr size_t kPrefetchBytes = 2048;
 
 inline __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -28,6 +32,8 @@ struct Rows {
   const int8_t* x;
   const GroupMeta* meta;
   int64_t x_stride, meta_stride;
+
+  const GroupMeta& at(int row, int64_t group) const { return meta[row * meta_stride + group]; }
 };
 
 Rows rows_from(const TileArgs& args, int row) {
@@ -35,175 +41,386 @@ Rows rows_from(const TileArgs& args, int row) {
   return {args.x.q8 + row * stride, args.x.q8_meta + row * (stride / kGroup), stride, stride / kGroup};
 }
 
-// Adds what was kept out of the codes: out += weight * value for each outlier of the row, groups ascending.
-template <bool kNibbles, bool kMinimum>
-void add_outliers(const TileArgs& args, const GroupMeta* meta, float* out) {
-  constexpr size_t kCodes = kNibbles ? kNibbleBytes : kByteBytes;
-  constexpr size_t kStride = kCodes + kTableBytes * (kMinimum ? 2 : 1);
-  const __m512i mask = _mm512_set1_epi32(kNibbles ? 15 : 255);
-  const __m512 zero = _mm512_set1_ps(static_cast<float>(args.zero_point));
-  for (int64_t g = 0; g < args.x.columns / kGroup; ++g) {
-    if (meta[g].value == 0.0f) continue;
-    const uint8_t* group = args.weights + static_cast<size_t>(g) * kStride;
-    const int step = meta[g].outlier / 4, byte = meta[g].outlier % 4;
-    const uint8_t* line = group + (kNibbles ? step % 4 : step) * 256;
-    const __m128i shift = _mm_cvtsi32_si128(byte * 8 + (kNibbles && step >= 4 ? 4 : 0));
-    const __m512 value = _mm512_set1_ps(meta[g].value);
-    for (int v = 0; v < kVectors; ++v) {
-      const __m512i codes = _mm512_and_si512(_mm512_srl_epi32(load(line + v * 64), shift), mask);
-      const __m512 weight =
-          _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero), load_f16(group + kCodes + v * 32));
-      _mm512_storeu_ps(out + v * 16, _mm512_fmadd_ps(weight, value, _mm512_loadu_ps(out + v * 16)));
+// Codes of one group as bytes, 16 channels x 4 k at a time.
+template <PackedFormat F>
+struct Codes {
+  static __m512i finish(__m512i nibbles, const uint8_t* codes, int step, int vector) {
+    if constexpr (F.codebook) {
+      const __m128i book = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kCodebook));
+      return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(book), nibbles);
     }
+    for (int plane = 0; plane < F.bits - 4; ++plane) {
+      const uint8_t* bits = codes + kNibbleBytes + static_cast<size_t>(plane) * kPlaneBytes;
+      uint64_t mask;
+      __builtin_memcpy(&mask, bits + (step * kVectors + vector) * 8, 8);
+      nibbles = _mm512_mask_add_epi8(nibbles, mask, nibbles, _mm512_set1_epi8(static_cast<char>(16 << plane)));
+    }
+    return nibbles;
   }
-}
 
-template <int kRows, bool kMinimum>
-void q4_rows(const TileArgs& args, int row) {
-  constexpr size_t kStride = kNibbleBytes + kTableBytes * (kMinimum ? 2 : 1);
-  const Rows rows = rows_from(args, row);
-  const __m512i low = _mm512_set1_epi8(15);
-  __m512 acc[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
-  const uint8_t* group = args.weights;
-  for (int64_t g = 0; g < args.x.columns / kGroup; ++g, group += kStride) {
-    __m512i sums[kRows][kVectors];
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i start = _mm512_set1_epi32(-args.zero_point * rows.meta[r * rows.meta_stride + g].sum);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = start;
-    }
-#pragma GCC unroll 4
-    for (int step = 0; step < 4; ++step) {
-      __m512i first[kVectors], second[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        const uint8_t* line = group + (step * kVectors + v) * 64;
-        _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
-        const __m512i codes = load(line);
-        first[v] = _mm512_and_si512(codes, low);
-        second[v] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const int8_t* x = rows.x + r * rows.x_stride + g * kGroup + step * 4;
-        const __m512i x0 = broadcast4(x), x1 = broadcast4(x + 16);
-        for (int v = 0; v < kVectors; ++v) {
-          sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], first[v], x0);
-          sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], second[v], x1);
-        }
-      }
-    }
-    const uint8_t* tables = group + kNibbleBytes;
-    for (int v = 0; v < kVectors; ++v) {
-      const __m512 scale = load_f16(tables + v * 32);
-      const __m512 minimum = kMinimum ? load_f16(tables + kTableBytes + v * 32) : _mm512_setzero_ps();
-      for (int r = 0; r < kRows; ++r) {
-        const GroupMeta& meta = rows.meta[r * rows.meta_stride + g];
-        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(meta.scale));
-        acc[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), factor, acc[r][v]);
-        if (kMinimum) acc[r][v] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(meta.scaled_sum), acc[r][v]);
-      }
-    }
+  // Steps `step` and `step + 4`.
+  static void pair(const uint8_t* codes, int step, int vector, __m512i& first, __m512i& second) {
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i line = load(codes + step * kStepBytes + vector * 64);
+    first = finish(_mm512_and_si512(line, low), codes, step, vector);
+    second = finish(_mm512_and_si512(_mm512_srli_epi16(line, 4), low), codes, step + kSteps / 2, vector);
   }
-  float* out = args.out + row * args.out_stride;
+
+  static __m512i one(const uint8_t* codes, int step, int vector) {
+    if constexpr (F.bits == 8) return load(codes + step * kStepBytes + vector * 64);
+    const __m512i line = load(codes + step % 4 * kStepBytes + vector * 64);
+    const __m512i shifted = _mm512_srl_epi16(line, _mm_cvtsi32_si128(step & 4));
+    return finish(_mm512_and_si512(shifted, _mm512_set1_epi8(15)), codes, step, vector);
+  }
+};
+
+// The high parts and the zero point: what the integer sums of a group (or of half of it) start from.
+template <PackedFormat F, int kRows, int kWidth>
+inline void start_sums(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector,
+                       __m512i (&sums)[kRows][kWidth]) {
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * args.out_stride + v * 16, acc[r][v]);
-    add_outliers<true, kMinimum>(args, rows.meta + r * rows.meta_stride, out + r * args.out_stride);
+    const GroupMeta& meta = rows.at(r, group);
+    int32_t high = meta.high, negative_sum = meta.negative_sum;
+    if constexpr (F.group == 16) {
+      high = meta.high_step / 4 == part ? high : 0;
+      negative_sum = part == 0 ? meta.negative_first_sum : meta.negative_sum - meta.negative_first_sum;
+    }
+    const __m512i four = _mm512_set1_epi32(high);
+    const __m512i zero = F.minimum ? _mm512_setzero_si512()
+                                   : _mm512_slli_epi32(_mm512_set1_epi32(negative_sum), F.zero_shift);
+    for (int v = 0; v < kWidth; ++v) {
+      const __m512i dots =
+          _mm512_dpbusd_epi32(_mm512_setzero_si512(), Codes<F>::one(codes, meta.high_step, vector + v), four);
+      const __m512i shifted = _mm512_slli_epi32(dots, kHighBits);
+      sums[r][v] = F.minimum ? shifted : _mm512_add_epi32(shifted, zero);
+    }
   }
 }
 
-template <int kRows, bool kMinimum>
-void u8_rows(const TileArgs& args, int row) {
-  constexpr size_t kStride = unpacked_group_bytes(kMinimum);
-  const Rows rows = rows_from(args, row);
-  float* out = args.out + row * args.out_stride;
+// Adds the dot products of a group; of its steps 0..3 or 4..7 where the format has two parts a group.
+template <PackedFormat F, int kRows, int kWidth>
+inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector,
+                     __m512i (&sums)[kRows][kWidth]) {
+  const int8_t* x = rows.x + group * kGroup;
+  const auto add = [&](int step, const __m512i (&lines)[kWidth]) {
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i four = broadcast4(x + r * rows.x_stride + step * 4);
+      for (int v = 0; v < kWidth; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], lines[v], four);
+    }
+  };
+  if constexpr (F.bits == 8) {
+    constexpr int kCount = F.group == 16 ? kSteps / 2 : kSteps;
+#pragma GCC unroll 8
+    for (int step = part * kCount; step < (part + 1) * kCount; ++step) {
+      __m512i lines[kWidth];
+      for (int v = 0; v < kWidth; ++v) {
+        const uint8_t* line = codes + step * kStepBytes + (vector + v) * 64;
+        if (kRows <= 4) _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
+        lines[v] = load(line);
+      }
+      add(step, lines);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int step = 0; step < kSteps / 2; ++step) {
+      __m512i first[kWidth], second[kWidth];
+      for (int v = 0; v < kWidth; ++v) {
+        const uint8_t* line = codes + step * kStepBytes + (vector + v) * 64;
+        if (part == 0) _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
+        Codes<F>::pair(codes, step, vector + v, first[v], second[v]);
+      }
+      if (F.group != 16 || part == 0) add(step, first);
+      if (F.group != 16 || part == 1) add(step + kSteps / 2, second);
+    }
+  }
+}
+
+// Groups of up to 32: acc += scale_w * scale_x * sum (+ minimum * sum of x).
+template <PackedFormat F, int kRows, int kWidth, typename Acc>
+inline void add_scaled(const Rows& rows, int64_t group, int part, const uint8_t* tables, int vector,
+                       const __m512i (&sums)[kRows][kWidth], Acc& acc) {
+  const uint8_t* scales = tables + static_cast<size_t>(part) * kTableBytes;
+  for (int v = 0; v < kWidth; ++v) {
+    const __m512 scale = load_f16(scales + (vector + v) * 32);
+    const __m512 minimum = F.minimum
+                               ? load_f16(scales + static_cast<size_t>(block_parts(F)) * kTableBytes + (vector + v) * 32)
+                               : _mm512_setzero_ps();
+    for (int r = 0; r < kRows; ++r) {
+      const GroupMeta& meta = rows.at(r, group);
+      const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(meta.scale));
+      acc[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), factor, acc[r][v]);
+      if constexpr (F.minimum) {
+        const float sum = F.group != 16 ? meta.scaled_sum : part == 0 ? meta.scaled_first_sum : meta.scaled_second_sum;
+        acc[r][v] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(sum), acc[r][v]);
+      }
+    }
+  }
+}
+
+// Larger groups, at the end of a block: out += scale_w * part (+ minimum * sum of x).
+template <PackedFormat F, int kRows, int kWidth>
+inline void end_block(const Rows& rows, int64_t last_group, const uint8_t* tables, int vector,
+                      const __m512 (&parts)[kRows][kWidth], float* out, int64_t out_stride) {
+  for (int v = 0; v < kWidth; ++v) {
+    const __m512 scale = load_f16(tables + (vector + v) * 32);
+    const __m512 minimum = F.minimum ? load_f16(tables + kTableBytes + (vector + v) * 32) : _mm512_setzero_ps();
+    for (int r = 0; r < kRows; ++r) {
+      float* place = out + r * out_stride + (vector + v) * 16;
+      __m512 acc = _mm512_fmadd_ps(parts[r][v], scale, _mm512_loadu_ps(place));
+      if constexpr (F.minimum) {
+        float sum = 0.0f;
+        for (int i = 1 - block_groups(F); i <= 0; ++i) sum += rows.at(r, last_group + i).scaled_sum;
+        acc = _mm512_fmadd_ps(minimum, _mm512_set1_ps(sum), acc);
+      }
+      _mm512_storeu_ps(place, acc);
+    }
+  }
+}
+
+template <int kRows>
+inline void clear_out(const TileArgs& args, float* out) {
+  if (args.first_group != 0) return;
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * args.out_stride + v * 16, _mm512_setzero_ps());
-  const uint8_t* group = args.weights;
-  for (int64_t g = 0; g < args.x.columns / kGroup; ++g, group += kStride) {
-    __m512i sums[kRows][kVectors];
+}
+
+// kRows x (kWidth vectors from `vector` on) of one code group, into float accumulators.
+template <PackedFormat F, int kRows, int kWidth, typename Acc>
+inline void one_group(const Rows& rows, int64_t group, const uint8_t* codes, const uint8_t* tables, int vector,
+                      Acc& acc) {
+  __m512i sums[kRows][kWidth];
+  if constexpr (F.group > kGroup) {
+    start_sums<F>(rows, group, 0, codes, vector, sums);
+    add_dots<F>(rows, group, 0, codes, vector, sums);
     for (int r = 0; r < kRows; ++r) {
-      const __m512i start = _mm512_set1_epi32(-args.zero_point * rows.meta[r * rows.meta_stride + g].sum);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = start;
+      const __m512 scale = _mm512_set1_ps(rows.at(r, group).scale);
+      for (int v = 0; v < kWidth; ++v) acc[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), scale, acc[r][v]);
     }
-#pragma GCC unroll 8
-    for (int step = 0; step < 8; ++step) {
-      __m512i codes[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        const uint8_t* line = group + (step * kVectors + v) * 64;
-        if (kRows == 1) _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
-        codes[v] = load(line);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const __m512i x = broadcast4(rows.x + r * rows.x_stride + g * kGroup + step * 4);
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], codes[v], x);
-      }
-    }
-    const uint8_t* tables = group + kByteBytes;
-    for (int v = 0; v < kVectors; ++v) {
-      const __m512 scale = load_f16(tables + v * 32);
-      const __m512 minimum = kMinimum ? load_f16(tables + kTableBytes + v * 32) : _mm512_setzero_ps();
-      for (int r = 0; r < kRows; ++r) {
-        const GroupMeta& meta = rows.meta[r * rows.meta_stride + g];
-        float* place = out + r * args.out_stride + v * 16;
-        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(meta.scale));
-        __m512 acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), factor, _mm512_loadu_ps(place));
-        if (kMinimum) acc = _mm512_fmadd_ps(minimum, _mm512_set1_ps(meta.scaled_sum), acc);
-        _mm512_storeu_ps(place, acc);
-      }
+  } else {
+    for (int part = 0; part < block_parts(F); ++part) {
+      start_sums<F>(rows, group, part, codes, vector, sums);
+      add_dots<F>(rows, group, part, codes, vector, sums);
+      add_scaled<F>(rows, group, part, tables, vector, sums, acc);
     }
   }
+}
+
+// A band of kWidth vectors of the accumulators of all channels.
+template <int kRows, int kWidth>
+struct Band {
+  __m512 (*rows)[kVectors];
+  int first;
+  struct Row {
+    __m512* start;
+    __m512& operator[](int v) const { return start[v]; }
+  };
+  Row operator[](int r) const { return {rows[r] + first}; }
+};
+
+// Rows against packed codes: every line is unpacked once for all rows.
+template <PackedFormat F, int kRows>
+void packed_rows(const TileArgs& args, int row) {
+  constexpr int kWidth = 2;
+  constexpr int kCount = block_groups(F);
+  const Rows rows = rows_from(args, row);
+  float* out = args.out + row * args.out_stride;
+  clear_out<kRows>(args, out);
+  __m512 acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
-    add_outliers<false, kMinimum>(args, rows.meta + r * rows.meta_stride, out + r * args.out_stride);
-}
-
-template <bool kMinimum>
-void q4_tile(const TileArgs& args) {
-  int row = 0;
-  for (; row + 4 <= args.rows; row += 4) q4_rows<4, kMinimum>(args, row);
-  switch (args.rows - row) {
-    case 3: return q4_rows<3, kMinimum>(args, row);
-    case 2: return q4_rows<2, kMinimum>(args, row);
-    case 1: return q4_rows<1, kMinimum>(args, row);
-    default: return;
-  }
-}
-
-template <bool kMinimum>
-void u8_tile(const TileArgs& args) {
-  int row = 0;
-  for (; row + 6 <= args.rows; row += 6) u8_rows<6, kMinimum>(args, row);
-  switch (args.rows - row) {
-    case 5: return u8_rows<5, kMinimum>(args, row);
-    case 4: return u8_rows<4, kMinimum>(args, row);
-    case 3: return u8_rows<3, kMinimum>(args, row);
-    case 2: return u8_rows<2, kMinimum>(args, row);
-    case 1: return u8_rows<1, kMinimum>(args, row);
-    default: return;
-  }
-}
-
-void gemm_q4(const TileArgs& args) { args.minimum ? q4_tile<true>(args) : q4_tile<false>(args); }
-void gemm_u8(const TileArgs& args) { args.minimum ? u8_tile<true>(args) : u8_tile<false>(args); }
-
-void unpack_q4(const uint8_t* tile, uint8_t* out, int64_t groups, bool minimum) {
-  const size_t tables = kTableBytes * (minimum ? 2 : 1);
-  const __m512i low = _mm512_set1_epi8(15);
-  for (int64_t g = 0; g < groups; ++g, tile += kNibbleBytes + tables, out += kByteBytes + tables) {
-    for (size_t i = 0; i < kNibbleBytes; i += 64) {
-      const __m512i codes = load(tile + i);
-      _mm512_storeu_si512(out + i, _mm512_and_si512(codes, low));
-      _mm512_storeu_si512(out + i + kNibbleBytes, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low));
+    for (int v = 0; v < kVectors; ++v)
+      acc[r][v] = kCount == 1 ? _mm512_loadu_ps(out + r * args.out_stride + v * 16) : _mm512_setzero_ps();
+  const uint8_t* block = args.weights;
+  const int64_t end = args.first_group + args.num_groups;
+  for (int64_t group = args.first_group; group < end; group += kCount, block += packed_block_bytes(F)) {
+    const uint8_t* tables = block + static_cast<size_t>(kCount) * codes_bytes(F.bits);
+    for (int i = 0; i < kCount; ++i) {
+      const uint8_t* codes = block + static_cast<size_t>(i) * codes_bytes(F.bits);
+#pragma GCC unroll 2
+      for (int vector = 0; vector < kVectors; vector += kWidth) {
+        Band<kRows, kWidth> band{acc, vector};
+        one_group<F, kRows, kWidth>(rows, group + i, codes, tables, vector, band);
+      }
     }
-    for (size_t i = 0; i < tables; i += 64) _mm512_storeu_si512(out + kByteBytes + i, load(tile + kNibbleBytes + i));
+    if constexpr (kCount > 1) {
+      end_block<F>(rows, group + kCount - 1, tables, 0, acc, out, args.out_stride);
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
+    }
+  }
+  if constexpr (kCount == 1)
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * args.out_stride + v * 16, acc[r][v]);
+}
+
+// Rows against codes in bytes, 32 channels at a time.
+template <PackedFormat F, int kRows>
+void byte_rows(const TileArgs& args, int row) {
+  constexpr int kWidth = 2;
+  constexpr int kCount = block_groups(F);
+  const Rows rows = rows_from(args, row);
+  float* out = args.out + row * args.out_stride;
+  clear_out<kRows>(args, out);
+  for (int vector = 0; vector < kVectors; vector += kWidth) {
+    __m512 acc[kRows][kWidth];
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kWidth; ++v)
+        acc[r][v] = kCount == 1 ? _mm512_loadu_ps(out + r * args.out_stride + (vector + v) * 16) : _mm512_setzero_ps();
+    const uint8_t* block = args.weights;
+    const int64_t end = args.first_group + args.num_groups;
+    for (int64_t group = args.first_group; group < end; group += kCount, block += packed_block_bytes(F)) {
+      const uint8_t* tables = block + static_cast<size_t>(kCount) * kByteBytes;
+      for (int i = 0; i < kCount; ++i)
+        one_group<F, kRows, kWidth>(rows, group + i, block + static_cast<size_t>(i) * kByteBytes, tables, vector, acc);
+      if constexpr (kCount > 1) {
+        end_block<F>(rows, group + kCount - 1, tables, vector, acc, out, args.out_stride);
+        for (int r = 0; r < kRows; ++r)
+          for (int v = 0; v < kWidth; ++v) acc[r][v] = _mm512_setzero_ps();
+      }
+    }
+    if constexpr (kCount == 1)
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kWidth; ++v) _mm512_storeu_ps(out + r * args.out_stride + (vector + v) * 16, acc[r][v]);
+  }
+}
+
+template <PackedType kType>
+void gemm_packed(const TileArgs& args) {
+  constexpr PackedFormat F = packed_format(kType);
+  int row = 0;
+  for (; row + 4 <= args.rows; row += 4) packed_rows<F, 4>(args, row);
+  switch (args.rows - row) {
+    case 3: return packed_rows<F, 3>(args, row);
+    case 2: return packed_rows<F, 2>(args, row);
+    case 1: return packed_rows<F, 1>(args, row);
+    default: return;
+  }
+}
+
+template <PackedType kType>
+void gemm_unpacked(const TileArgs& args) {
+  constexpr PackedFormat F = unpacked(packed_format(kType));
+  int row = 0;
+  for (; row + 6 <= args.rows; row += 6) byte_rows<F, 6>(args, row);
+  switch (args.rows - row) {
+    case 5: return byte_rows<F, 5>(args, row);
+    case 4: return byte_rows<F, 4>(args, row);
+    case 3: return byte_rows<F, 3>(args, row);
+    case 2: return byte_rows<F, 2>(args, row);
+    case 1: return byte_rows<F, 1>(args, row);
+    default: return;
+  }
+}
+
+template <PackedFormat F>
+void unpack_format(const uint8_t* block, int64_t num_groups, uint8_t* out) {
+  for (int64_t group = 0; group < num_groups; group += block_groups(F)) {
+    for (int i = 0; i < block_groups(F); ++i, block += codes_bytes(F.bits), out += kByteBytes)
+      for (int step = 0; step < kSteps / 2; ++step)
+        for (int v = 0; v < kVectors; ++v) {
+          __m512i first, second;
+          Codes<F>::pair(block, step, v, first, second);
+          _mm512_storeu_si512(out + step * kStepBytes + v * 64, first);
+          _mm512_storeu_si512(out + (step + kSteps / 2) * kStepBytes + v * 64, second);
+        }
+    for (size_t i = 0; i < tables_bytes(F); i += 64) _mm512_storeu_si512(out + i, load(block + i));
+    block += tables_bytes(F);
+    out += tables_bytes(F);
+  }
+}
+
+// INT8 per channel with activations scaled per token: one integer sum over all of K.
+template <int kRows>
+void i8_rows(const TileArgs& args, int row) {
+  const int64_t stride = padded_columns(args.x.columns), steps = (args.x.columns + 3) / 4;
+  const int8_t* x = args.x.i8 + row * stride;
+  __m512i sums[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    const __m512i zero = _mm512_slli_epi32(_mm512_set1_epi32(args.x.i8_meta[row + r].negative_sum), 7);
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = zero;
+  }
+  const uint8_t* line = args.weights;
+  for (int64_t step = 0; step < steps; ++step, line += kStepBytes) {
+    __m512i codes[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      if (kRows <= 2) _mm_prefetch(reinterpret_cast<const char*>(line + v * 64 + kPrefetchBytes), _MM_HINT_T0);
+      codes[v] = load(line + v * 64);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i four = broadcast4(x + r * stride + step * 4);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], codes[v], four);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    const __m512 scale = _mm512_loadu_ps(line + v * 64);
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(args.x.i8_meta[row + r].scale));
+      _mm512_storeu_ps(args.out + (row + r) * args.out_stride + v * 16,
+                       _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), factor));
+    }
+  }
+}
+
+void gemm_i8(const TileArgs& args) {
+  int row = 0;
+  for (; row + 6 <= args.rows; row += 6) i8_rows<6>(args, row);
+  if (row + 4 <= args.rows) {
+    i8_rows<4>(args, row);
+    row += 4;
+  }
+  if (row + 2 <= args.rows) {
+    i8_rows<2>(args, row);
+    row += 2;
+  }
+  if (row < args.rows) i8_rows<1>(args, row);
+}
+
+template <PackedType kType>
+void fill_type(KernelTable& table) {
+  table.gemm_packed[static_cast<size_t>(kType)] = gemm_packed<kType>;
+  table.gemm_unpacked[static_cast<size_t>(kType)] = gemm_unpacked<kType>;
+}
+
+void unpack(PackedType type, const uint8_t* groups, int64_t num_groups, uint8_t* out) {
+  switch (packed_format(type).bits) {
+    case 5:
+      return packed_format(type).minimum ? unpack_format<packed_format(PackedType::kQ5_1)>(groups, num_groups, out)
+                                         : unpack_format<packed_format(PackedType::kQ5_0)>(groups, num_groups, out);
+    case 6: return unpack_format<packed_format(PackedType::kQ6_K)>(groups, num_groups, out);
+    default: break;
+  }
+  switch (type) {
+    case PackedType::kQ4_0: return unpack_format<packed_format(PackedType::kQ4_0)>(groups, num_groups, out);
+    case PackedType::kQ4_1: return unpack_format<packed_format(PackedType::kQ4_1)>(groups, num_groups, out);
+    case PackedType::kQ4_G64: return unpack_format<packed_format(PackedType::kQ4_G64)>(groups, num_groups, out);
+    case PackedType::kQ4_G64M: return unpack_format<packed_format(PackedType::kQ4_G64M)>(groups, num_groups, out);
+    case PackedType::kQ4_G128: return unpack_format<packed_format(PackedType::kQ4_G128)>(groups, num_groups, out);
+    case PackedType::kQ4_G128M: return unpack_format<packed_format(PackedType::kQ4_G128M)>(groups, num_groups, out);
+    case PackedType::kQ4_NL: return unpack_format<packed_format(PackedType::kQ4_NL)>(groups, num_groups, out);
+    case PackedType::kQ2_K: return unpack_format<packed_format(PackedType::kQ2_K)>(groups, num_groups, out);
+    case PackedType::kQ3_K: return unpack_format<packed_format(PackedType::kQ3_K)>(groups, num_groups, out);
+    default: return;
   }
 }
 
 }  // namespace
 
 void fill(KernelTable& table) {
-  table.gemm_q4 = gemm_q4;
-  table.gemm_u8 = gemm_u8;
-  table.unpack_q4 = unpack_q4;
+  fill_type<PackedType::kQ4_0>(table);
+  fill_type<PackedType::kQ4_1>(table);
+  fill_type<PackedType::kQ4_G64>(table);
+  fill_type<PackedType::kQ4_G64M>(table);
+  fill_type<PackedType::kQ4_G128>(table);
+  fill_type<PackedType::kQ4_G128M>(table);
+  fill_type<PackedType::kQ4_NL>(table);
+  fill_type<PackedType::kQ5_0>(table);
+  fill_type<PackedType::kQ5_1>(table);
+  fill_type<PackedType::kQ2_K>(table);
+  fill_type<PackedType::kQ3_K>(table);
+  fill_type<PackedType::kQ6_K>(table);
+  fill_type<PackedType::kQ8_0>(table);
+  table.gemm_packed[static_cast<size_t>(PackedType::kI8)] = gemm_i8;
+  table.gemm_unpacked[static_cast<size_t>(PackedType::kI8)] = gemm_i8;
+  table.unpack = unpack;
 }
 
 }  // namespace llmserve::avx512vnni

@@ -41,55 +41,68 @@ int GemmNode::max_item_tiles() const {
   return most;
 }
 
-bool GemmNode::unpacks(int64_t rows) const {
-  const bool nibbles = matrix->type == PackedType::kQ4_0 || matrix->type == PackedType::kQ4_1;
-  return nibbles && (exact || rows > kDirectRows);
+int64_t GemmNode::num_ranges(const Step& step) const {
+  return (num_rows(step, in.rows) + kRangeRows - 1) / kRangeRows;
 }
 
-// Of one tile unpacked to bytes.
+int64_t GemmNode::num_items(const Step& step) const { return static_cast<int64_t>(items.size()) * num_ranges(step); }
+
+// Of the groups of a tile that are unpacked at a time: to float32 for the exact GEMM, to bytes otherwise.
 size_t GemmNode::slab_bytes() const {
-  if (!is_quantized(matrix->type)) return 0;
-  return static_cast<size_t>(matrix->columns / kGroup) * unpacked_group_bytes(has_minimum(matrix->type));
+  if (!is_grouped(matrix->type)) return 0;
+  if (exact) return size_t{kExactGroups} * kGroup * kTile * sizeof(float);
+  const PackedFormat format = packed_format(matrix->type);
+  return static_cast<size_t>(kSlabGroups / block_groups(format)) * packed_block_bytes(unpacked(format));
 }
 
 size_t GemmNode::scratch_bytes() const {
-  return static_cast<size_t>(max_item_tiles()) * (slab_bytes() + kSlabRows * kTile * sizeof(float)) + 64;
+  return slab_bytes() + static_cast<size_t>(max_item_tiles()) * kRangeRows * kTile * sizeof(float) + 64;
 }
 
-TileFunction GemmNode::kernel(const KernelTable& kernels, bool unpacked) const {
-  switch (matrix->type) {
-    case PackedType::kBF16: return kernels.gemm_bf16;
-    case PackedType::kF32: return kernels.gemm_f32;
-    default: break;
+// One tile times the rows of `args`, the codes unpacked slab by slab.
+void GemmNode::multiply_unpacked(const uint8_t* tile, TileArgs args, const Worker& worker) const {
+  const KernelTable& kernels = *worker.kernels;
+  const PackedFormat format = packed_format(matrix->type);
+  const int64_t groups = args.num_groups, width = exact ? kExactGroups : kSlabGroups;
+  const auto type = static_cast<size_t>(exact ? PackedType::kF32 : matrix->type);
+  args.weights = worker.scratch;
+  for (int64_t group = 0; group < groups; group += width) {
+    const uint8_t* blocks = tile + static_cast<size_t>(group / block_groups(format)) * packed_block_bytes(format);
+    args.first_group = group;
+    args.num_groups = std::min(width, groups - group);
+    if (exact)
+      kernels.dequantize_tile(matrix->type, blocks, args.num_groups, reinterpret_cast<float*>(worker.scratch));
+    else
+      kernels.unpack(matrix->type, blocks, args.num_groups, worker.scratch);
+    kernels.gemm_unpacked[type](args);
   }
-  if (exact) return kernels.gemm_u8_f32;
-  return unpacked || matrix->type == PackedType::kQ8_0 ? kernels.gemm_u8 : kernels.gemm_q4;
+}
+
+void GemmNode::multiply(const uint8_t* tile, TileArgs args, const Worker& worker) const {
+  const PackedFormat format = packed_format(matrix->type);
+  if (format.group != 0 && (exact || (format.bits < 8 && args.rows > kDirectRows)))
+    return multiply_unpacked(tile, args, worker);
+  const auto type = static_cast<size_t>(matrix->type);
+  const TileFunction gemm =
+      args.rows > kDirectRows ? worker.kernels->gemm_unpacked[type] : worker.kernels->gemm_packed[type];
+  args.weights = tile;
+  gemm(args);
 }
 
 void GemmNode::run(const Step& step, int64_t index, const Worker& worker) const {
-  const GemmItem& item = items[static_cast<size_t>(index)];
-  const int64_t rows = num_rows(step, in.rows);
-  auto* tile_out = reinterpret_cast<float*>(worker.scratch);
-  uint8_t* slab = worker.scratch + static_cast<size_t>(max_item_tiles()) * kSlabRows * kTile * sizeof(float);
-  const bool unpacked = unpacks(rows);
-  for (int t = 0; unpacked && t < item.num_tiles; ++t)
-    worker.kernels->unpack_q4(matrix->tile(item.first_tile + t), slab + static_cast<size_t>(t) * slab_bytes(),
-                              matrix->columns / kGroup, has_minimum(matrix->type));
+  const int64_t ranges = num_ranges(step), first_row = index % ranges * kRangeRows;
+  const GemmItem& item = items[static_cast<size_t>(index / ranges)];
+  auto* out_rows = reinterpret_cast<float*>(worker.scratch + slab_bytes());
   TileArgs args;
-  args.zero_point = zero_point(matrix->type);
-  args.minimum = has_minimum(matrix->type);
+  args.x = in.at(first_row);
+  args.rows = static_cast<int>(std::min<int64_t>(kRangeRows, num_rows(step, in.rows) - first_row));
+  args.num_groups = (matrix->columns + kGroup - 1) / kGroup;
   args.out_stride = int64_t{item.num_tiles} * kTile;
-  const TileFunction gemm = kernel(*worker.kernels, unpacked);
-  for (int64_t row = 0; row < rows; row += kSlabRows) {
-    args.rows = static_cast<int>(std::min<int64_t>(kSlabRows, rows - row));
-    args.x = in.at(row);
-    for (int t = 0; t < item.num_tiles; ++t) {
-      args.weights = unpacked ? slab + static_cast<size_t>(t) * slab_bytes() : matrix->tile(item.first_tile + t);
-      args.out = tile_out + t * kTile;
-      gemm(args);
-    }
-    for (int r = 0; r < args.rows; ++r) finish_row(step, item, row + r, tile_out + r * args.out_stride, worker);
+  for (int t = 0; t < item.num_tiles; ++t) {
+    args.out = out_rows + t * kTile;
+    multiply(matrix->tile(item.first_tile + t), args, worker);
   }
+  for (int r = 0; r < args.rows; ++r) finish_row(step, item, first_row + r, out_rows + r * args.out_stride, worker);
 }
 
 void GemmNode::finish_row(const Step& step, const GemmItem& item, int64_t row, float* x, const Worker& worker) const {

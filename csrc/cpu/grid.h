@@ -36,6 +36,12 @@ constexpr GridSpec grid_spec(DType type) {
     // The 16 values of the codebook are signed bytes: a code is such a value plus 128.
     case DType::kIQ4_NL: return {32, 128, 8, false};
     case DType::kIQ4_XS: return {32, 128, 8, false};
+    case DType::kI4_G32: return {32, 8, 4, false};
+    case DType::kI4_G64: return {64, 8, 4, false};
+    case DType::kI4_G128: return {128, 8, 4, false};
+    case DType::kU4_G32: return {32, 0, 4, true};
+    case DType::kU4_G64: return {64, 0, 4, true};
+    case DType::kU4_G128: return {128, 0, 4, true};
     default: return {0, 0, 0, false};
   }
 }

@@ -4,6 +4,8 @@
 //   q4_0    d | 16 bytes of nibbles               q5_0    d | 4 bytes of fifth bits | 16 bytes of nibbles
 //   q4_1    d | m | 16 bytes of nibbles           q5_1    d | m | 4 bytes of fifth bits | 16 bytes of nibbles
 //   q8_0    d | 32 signed bytes                   iq4_nl  d | 16 bytes of nibbles, which index the codebook
+//   i4_g32, g64, g128  d | nibbles, 16 bytes for each 32 values
+//   u4_g32, g64, g128  d | m | the same
 // Blocks of 256; their groups have integer scales (and minimums, times m) of 4, 6 or 8 bits that d multiplies:
 //   q2_k    16 bytes: low nibble scale, high nibble minimum | 64 bytes of 2 bits | d | m
 //   q3_k    32 bytes of third bits | 64 bytes of 2 bits | 12 bytes of scales + 32 | d
@@ -128,9 +130,13 @@ static inline void read_iq4_xs(const uint8_t* block, uint8_t* codes, float* scal
   look_up(codes, 256);
 }
 
+static inline void read_int4(const uint8_t* packed, int n, uint8_t* codes) {
+  for (int i = 0; i < n / 32; ++i) read_nibbles(packed + 16 * i, 16, codes + 32 * i);
+}
+
 // One block; minimums are written for types that have them.
 static inline void read_block(DType type, const uint8_t* block, uint8_t* codes, float* scales, float* minimums) {
-  if (block_values(type) == 32) scales[0] = read_f16(block);
+  if (block_values(type) < 256) scales[0] = read_f16(block);
   switch (type) {
     case DType::kQ4_0: read_nibbles(block + 2, 16, codes); return;
     case DType::kQ4_1:
@@ -146,6 +152,15 @@ static inline void read_block(DType type, const uint8_t* block, uint8_t* codes, 
     case DType::kIQ4_NL:
       read_nibbles(block + 2, 16, codes);
       look_up(codes, 32);
+      return;
+    case DType::kI4_G32:
+    case DType::kI4_G64:
+    case DType::kI4_G128: read_int4(block + 2, block_values(type), codes); return;
+    case DType::kU4_G32:
+    case DType::kU4_G64:
+    case DType::kU4_G128:
+      read_int4(block + 4, block_values(type), codes);
+      minimums[0] = read_f16(block + 2);
       return;
     case DType::kQ2_K: read_q2_k(block, codes, scales, minimums); return;
     case DType::kQ3_K: read_q3_k(block, codes, scales); return;

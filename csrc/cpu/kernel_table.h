@@ -11,13 +11,14 @@
 
 namespace llmserve {
 
-// One tile of 64 channels times `rows` rows: out[row * out_stride + channel].
+// One tile of 64 channels times `rows` rows: out[row * out_stride + channel], over the code groups from `first_group` on
+// (float32 kernels: over k from `first_group * kGroup` on). What `out` holds is continued where that is not the first.
 struct TileArgs {
-  const uint8_t* weights = nullptr;  // packed tile, or unpacked to bytes
-  Activations x;                     // pointers at the first row
+  const uint8_t* weights = nullptr;  // packed or unpacked, at `first_group`
+  Activations x;                     // pointers at the first row and column 0
+  int64_t first_group = 0;
+  int64_t num_groups = 0;  // the last may be partial where K is no multiple of 32 (bf16, f32)
   int rows = 0;
-  int zero_point = 0;
-  bool minimum = false;
   float* out = nullptr;
   int64_t out_stride = 0;
 };
@@ -67,12 +68,11 @@ enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu2 };
 struct KernelTable {
   const char* name;
 
-  TileFunction gemm_q4;      // 4-bit tile, int8 activations
-  TileFunction gemm_u8;      // u8 tile (packed Q8_0 or unpacked 4-bit), int8 activations
-  TileFunction gemm_bf16;    // bf16 tile, bf16 activations
-  TileFunction gemm_f32;     // f32 tile, f32 activations
-  TileFunction gemm_u8_f32;  // exact: u8 tile (packed Q8_0 or unpacked 4-bit), f32 activations
-  void (*unpack_q4)(const uint8_t* tile, uint8_t* out, int64_t groups, bool minimum);
+  TileFunction gemm_packed[kNumPackedTypes];    // codes unpacked in registers, for few rows; all rows of bf16, f32, i8
+  TileFunction gemm_unpacked[kNumPackedTypes];  // codes in bytes, for many rows; the same results
+  // Groups of a packed tile as the bytes that gemm_unpacked reads, and as float32 [k][64] that the f32 GEMM reads.
+  void (*unpack)(PackedType type, const uint8_t* groups, int64_t num_groups, uint8_t* out);
+  void (*dequantize_tile)(PackedType type, const uint8_t* groups, int64_t num_groups, float* out);
 
   void (*attention)(const AttentionArgs&);
   // One head of one token as int8 codes; returns their scale.
@@ -81,6 +81,7 @@ struct KernelTable {
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* out, int64_t n, float eps);
   void (*quantize_q8)(const float* x, int8_t* codes, GroupMeta* meta, int64_t n);  // n a multiple of 32
+  RowMeta (*quantize_i8)(const float* x, int8_t* codes, int64_t n);                // codes to a multiple of 64
   void (*round_bf16)(const float* x, uint16_t* out, int64_t n);
   void (*head)(const HeadRow&);
   void (*activate)(Activation kind, const float* x, float* out, int64_t n);

@@ -12,90 +12,63 @@ namespace llmserve::avx512 {
 
 namespace {
 
-constexpr int kVectors = 4;  // zmm of 16 channels in a tile
-
-inline __m512 load_f16(const uint8_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+// Of each run of four lanes, in all of them.
+inline __m512 largest_of_four(__m512 x) {
+  const __m512 pairs = _mm512_max_ps(x, _mm512_permute_ps(x, 0xB1));
+  return _mm512_max_ps(pairs, _mm512_permute_ps(pairs, 0x4E));
 }
 
-// Byte k of each channel's four codes, minus the zero point, as floats.
-inline __m512 code_floats(__m512i codes, int k, __m512 zero) {
-  const __m512i bytes = _mm512_and_si512(_mm512_srl_epi32(codes, _mm_cvtsi32_si128(8 * k)), _mm512_set1_epi32(255));
-  return _mm512_sub_ps(_mm512_cvtepi32_ps(bytes), zero);
-}
-
-template <int kRows>
-void u8_f32_rows(const TileArgs& args, int row) {
-  const size_t stride = unpacked_group_bytes(args.minimum);
-  const __m512 zero = _mm512_set1_ps(static_cast<float>(args.zero_point));
-  const float* x = args.x.f32 + row * args.x.columns;
-  __m512 acc[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
-  const uint8_t* group = args.weights;
-  for (int64_t g = 0; g < args.x.columns / kGroup; ++g, group += stride, x += kGroup) {
-    __m512 sums[kRows][kVectors];
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_setzero_ps();
-    for (int k = 0; k < kGroup; ++k) {
-      for (int v = 0; v < kVectors; ++v) {
-        const __m512 codes = code_floats(_mm512_loadu_si512(group + (k / 4 * kVectors + v) * 64), k % 4, zero);
-        for (int r = 0; r < kRows; ++r)
-          sums[r][v] = _mm512_fmadd_ps(codes, _mm512_set1_ps(x[r * args.x.columns + k]), sums[r][v]);
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const __m512 x_sum = _mm512_set1_ps(args.minimum ? group_sum(x + r * args.x.columns) : 0.0f);
-      for (int v = 0; v < kVectors; ++v) {
-        acc[r][v] = _mm512_fmadd_ps(sums[r][v], load_f16(group + kByteBytes + v * 32), acc[r][v]);
-        if (args.minimum)
-          acc[r][v] = _mm512_fmadd_ps(load_f16(group + kByteBytes + kTableBytes + v * 32), x_sum, acc[r][v]);
-      }
-    }
-  }
-  float* out = args.out + row * args.out_stride;
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * args.out_stride + v * 16, acc[r][v]);
-}
-
-void gemm_u8_f32_avx512(const TileArgs& args) {
-  int row = 0;
-  for (; row + 3 <= args.rows; row += 3) u8_f32_rows<3>(args, row);
-  for (; row < args.rows; ++row) u8_f32_rows<1>(args, row);
-}
-
-// The same rule as quantize_group, bit by bit: the group is two registers.
+// The same rule as quantize_group, bit by bit: the group is two registers of four steps each.
 inline void quantize_group_avx512(const float* x, int8_t* codes, GroupMeta* meta) {
   const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
   const __m512 low_abs = _mm512_abs_ps(low), high_abs = _mm512_abs_ps(high);
-  const float first = _mm512_reduce_max_ps(_mm512_max_ps(low_abs, high_abs));
-  const __m512 peak = _mm512_set1_ps(first);
-  const uint32_t equal = static_cast<uint32_t>(_mm512_cmpeq_ps_mask(low_abs, peak)) |
-                         static_cast<uint32_t>(_mm512_cmpeq_ps_mask(high_abs, peak)) << 16;
-  const bool numbers = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q) == 0;
-  if (equal == 0 || !numbers || !(first < 1e38f)) return quantize_group(x, codes, meta);  // NaN or infinity
-  const uint32_t at = equal & (~equal + 1);
-  const auto low_at = static_cast<__mmask16>(at), high_at = static_cast<__mmask16>(at >> 16);
-  const __m512 zero = _mm512_setzero_ps();
-  const float second = _mm512_reduce_max_ps(
-      _mm512_max_ps(_mm512_mask_mov_ps(low_abs, low_at, zero), _mm512_mask_mov_ps(high_abs, high_at, zero)));
-  const bool apart = first > kOutlierRatio * second;
-  const float largest = apart ? second : first;
-  const bool usable = largest > 1e-30f;
-  const float inverse = usable ? 127.0f / largest : 0.0f;
-  const float scale = usable ? largest / 127.0f : 0.0f;
-  const __m512 factor = _mm512_set1_ps(inverse);
-  const auto low_kept = static_cast<__mmask16>(apart ? ~low_at : ~0),
-             high_kept = static_cast<__mmask16>(apart ? ~high_at : ~0);
-  const __m512i low_codes = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(low_kept, low, factor));
-  const __m512i high_codes = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(high_kept, high, factor));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(low_codes));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtepi32_epi8(high_codes));
-  const int sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low_codes, high_codes));
-  const int index = __builtin_ctz(at);
-  const float value = apart ? x[index] : 0.0f;
-  *meta = {scale, static_cast<int16_t>(sum), static_cast<int16_t>(index), scale * static_cast<float>(sum) + value,
-           value};
+  const __m512 limit = _mm512_set1_ps(1e38f);
+  const __m512 low_max = largest_of_four(low_abs), high_max = largest_of_four(high_abs);
+  // The largest and the second largest of the eight steps, each step counted once.
+  __m512 first = _mm512_max_ps(low_max, high_max), second = _mm512_min_ps(low_max, high_max);
+  const auto merge = [&](__m512 other_first, __m512 other_second) {
+    second = _mm512_max_ps(_mm512_min_ps(first, other_first), _mm512_max_ps(second, other_second));
+    first = _mm512_max_ps(first, other_first);
+  };
+  merge(_mm512_shuffle_f32x4(first, first, 0x4E), _mm512_shuffle_f32x4(second, second, 0x4E));
+  merge(_mm512_shuffle_f32x4(first, first, 0xB1), _mm512_shuffle_f32x4(second, second, 0xB1));
+  const float peak = _mm512_cvtss_f32(first);
+  const auto finite = static_cast<uint32_t>(_mm512_cmp_ps_mask(low_abs, limit, _CMP_LT_OQ)) &
+                      static_cast<uint32_t>(_mm512_cmp_ps_mask(high_abs, limit, _CMP_LT_OQ));
+  if (finite != 0xFFFFu || !(peak > 1e-28f)) return quantize_group(x, codes, meta);
+  const uint32_t equal = static_cast<uint32_t>(_mm512_cmpeq_ps_mask(low_max, first)) |
+                         static_cast<uint32_t>(_mm512_cmpeq_ps_mask(high_max, first)) << 16;
+  const int at = __builtin_ctz(equal) / 4;
+  const __m512 largest = _mm512_max_ps(second, _mm512_mul_ps(first, _mm512_set1_ps(1.0f / (1 << kHighBits))));
+  const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(127.0f), largest);
+  const float scale = _mm512_cvtss_f32(largest) / 127.0f;
+  const __m512i low_codes = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
+  const __m512i high_codes = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+  const __m512i half = _mm512_set1_epi32(1 << (kHighBits - 1));
+  const uint32_t lanes = 15u << (at * 4);
+  const __m512i low_upper =
+      _mm512_maskz_srai_epi32(static_cast<__mmask16>(lanes), _mm512_add_epi32(low_codes, half), kHighBits);
+  const __m512i high_upper =
+      _mm512_maskz_srai_epi32(static_cast<__mmask16>(lanes >> 16), _mm512_add_epi32(high_codes, half), kHighBits);
+  const auto store = [&](int8_t* place, __m512i all, __m512i upper) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(place),
+                     _mm512_cvtepi32_epi8(_mm512_sub_epi32(all, _mm512_slli_epi32(upper, kHighBits))));
+  };
+  store(codes, low_codes, low_upper);
+  store(codes + 16, high_codes, high_upper);
+  alignas(64) int32_t upper[16];
+  _mm512_store_si512(upper, at < 4 ? low_upper : high_upper);
+  const int sum_low = _mm512_reduce_add_epi32(low_codes), sum_high = _mm512_reduce_add_epi32(high_codes);
+  const int32_t* four = upper + at % 4 * 4;
+  meta->scale = scale;
+  meta->negative_sum = -(sum_low + sum_high);
+  meta->scaled_sum = scale * static_cast<float>(sum_low + sum_high);
+  meta->high = (four[0] & 255) | (four[1] & 255) << 8 | (four[2] & 255) << 16 |
+               static_cast<int32_t>(static_cast<uint32_t>(four[3]) << 24);
+  meta->high_step = at;
+  meta->negative_first_sum = -sum_low;
+  meta->scaled_first_sum = scale * static_cast<float>(sum_low);
+  meta->scaled_second_sum = scale * static_cast<float>(sum_high);
 }
 
 void quantize_q8_avx512(const float* x, int8_t* codes, GroupMeta* meta, int64_t n) {
@@ -105,14 +78,16 @@ void quantize_q8_avx512(const float* x, int8_t* codes, GroupMeta* meta, int64_t 
 }  // namespace
 
 void fill(KernelTable& table) {
-  // Without VNNI the AVX2 integer kernels are the better ones.
-  const TileFunction gemm_q4_avx2 = table.gemm_q4, gemm_u8_avx2 = table.gemm_u8;
   table.name = "avx512";
+  // Without VNNI the AVX2 integer kernels are the better ones.
+  const KernelTable avx2 = table;
   fill_elementwise(table);
   fill_gemm(table);
-  table.gemm_q4 = gemm_q4_avx2;
-  table.gemm_u8 = gemm_u8_avx2;
-  table.gemm_u8_f32 = gemm_u8_f32_avx512;
+  for (int type = 0; type < kNumPackedTypes; ++type) {
+    if (!is_quantized(static_cast<PackedType>(type))) continue;
+    table.gemm_packed[type] = avx2.gemm_packed[type];
+    table.gemm_unpacked[type] = avx2.gemm_unpacked[type];
+  }
   table.quantize_q8 = quantize_q8_avx512;
   table.attention = attention;
 }

@@ -145,7 +145,8 @@ static void gemm_bf16(const TileArgs& args) {
 }
 
 void fill(KernelTable& table) {
-  table.gemm_bf16 = gemm_bf16;
+  table.gemm_packed[static_cast<size_t>(PackedType::kBF16)] = gemm_bf16;
+  table.gemm_unpacked[static_cast<size_t>(PackedType::kBF16)] = gemm_bf16;
   table.attention = attention;
 }
 

@@ -139,18 +139,16 @@ class GemmNode : public Node {
   int layer = 0;
 
   const char* kind() const override { return "gemm"; }
-  int64_t num_items(const Step& step) const override {
-    return num_rows(step, in.rows) == 0 ? 0 : static_cast<int64_t>(items.size());
-  }
+  int64_t num_items(const Step& step) const override;  // an item's tiles times a range of rows
   void run(const Step& step, int64_t item, const Worker& worker) const override;
   size_t scratch_bytes() const override;
 
  private:
   int max_item_tiles() const;
-  bool unpacks(int64_t rows) const;
+  int64_t num_ranges(const Step& step) const;
   size_t slab_bytes() const;
-  TileFunction kernel(const KernelTable& kernels, bool unpacked) const;
-  void unpack(const GemmItem& item, const Worker& worker, uint8_t* slab) const;
+  void multiply(const uint8_t* tile, TileArgs args, const Worker& worker) const;
+  void multiply_unpacked(const uint8_t* tile, TileArgs args, const Worker& worker) const;
   void finish_row(const Step& step, const GemmItem& item, int64_t row, float* x, const Worker& worker) const;
   void finish_plain(const GemmItem& item, int64_t row, float* x, const Worker& worker) const;
   void write_cache(const Step& step, const GemmItem& item, int64_t row, const float* x, const Worker& worker) const;

@@ -9,6 +9,9 @@
 
 namespace llmserve {
 
+// The packed form of a stored type: its own, or BF16 for floats.
+PackedType packed_type_of(DType dtype);
+
 // The rows that make one tile: `num_rows` (at most 64) rows of a tensor from `row` on; the rest of the tile is zero.
 struct TileSource {
   int32_t tensor;

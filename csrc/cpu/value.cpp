@@ -9,14 +9,14 @@ namespace {
 constexpr size_t align64(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct FormBytes {
-  size_t f32, codes8, codes16, meta;
+  size_t f32, codes8, codes16, meta, row_meta;
 };
 
 FormBytes form_bytes(int64_t num_rows, int64_t columns) {
   const auto rows = static_cast<size_t>(num_rows);
   const auto padded = static_cast<size_t>(padded_columns(columns));
   return {align64(rows * static_cast<size_t>(columns) * 4), align64(rows * padded), align64(rows * padded * 2),
-          align64(rows * (padded / kGroup) * sizeof(GroupMeta))};
+          align64(rows * (padded / kGroup) * sizeof(GroupMeta)), align64(rows * sizeof(RowMeta))};
 }
 
 }  // namespace
@@ -27,6 +27,7 @@ size_t value_bytes(int64_t num_rows, int64_t columns, unsigned forms) {
   if ((forms & kFormF32) != 0) total += bytes.f32;
   if ((forms & kFormQ8) != 0) total += bytes.codes8 + bytes.meta;
   if ((forms & kFormBF16) != 0) total += bytes.codes16;
+  if ((forms & kFormI8) != 0) total += bytes.codes8 + bytes.row_meta;
   return total;
 }
 
@@ -47,6 +48,10 @@ Value place_value(uint8_t* base, Rows rows, int64_t num_rows, int64_t columns, u
     value.q8_meta = reinterpret_cast<GroupMeta*>(take(bytes.meta));
   }
   if ((forms & kFormBF16) != 0) value.bf16 = reinterpret_cast<uint16_t*>(take(bytes.codes16));
+  if ((forms & kFormI8) != 0) {
+    value.i8 = reinterpret_cast<int8_t*>(take(bytes.codes8));
+    value.i8_meta = reinterpret_cast<RowMeta*>(take(bytes.row_meta));
+  }
   return value;
 }
 
@@ -58,6 +63,7 @@ void write_forms(const KernelTable& kernels, const Value& value, int64_t row, in
     std::memcpy(value.f32 + row * value.columns + column, x, static_cast<size_t>(n) * sizeof(float));
   if (value.q8 != nullptr)
     kernels.quantize_q8(x, value.q8 + row * padded + column, value.q8_meta + row * groups + column / kGroup, n);
+  if (value.i8 != nullptr) value.i8_meta[row] = kernels.quantize_i8(x, value.i8 + row * padded, n);
   if (value.bf16 != nullptr) {
     kernels.round_bf16(x, value.bf16 + row * padded + column, n);
     // The kernels read pairs: what stands after an odd last column meets a zero weight and must not be a NaN.

@@ -9,7 +9,7 @@ namespace llmserve {
 
 enum class Rows : uint8_t { kTokens, kLogits };  // one row per token of the step, or per row that needs logits
 
-constexpr unsigned kFormF32 = 1, kFormQ8 = 2, kFormBF16 = 4;
+constexpr unsigned kFormF32 = 1, kFormQ8 = 2, kFormBF16 = 4, kFormI8 = 8;
 
 struct Value {
   Rows rows = Rows::kTokens;
@@ -19,6 +19,8 @@ struct Value {
   int8_t* q8 = nullptr;
   GroupMeta* q8_meta = nullptr;
   uint16_t* bf16 = nullptr;
+  int8_t* i8 = nullptr;
+  RowMeta* i8_meta = nullptr;
 
   Activations at(int64_t row) const {
     const int64_t padded = padded_columns(columns);
@@ -27,6 +29,7 @@ struct Value {
     if (f32 != nullptr) x.f32 = f32 + row * columns;
     if (q8 != nullptr) x.q8 = q8 + row * padded, x.q8_meta = q8_meta + row * (padded / kGroup);
     if (bf16 != nullptr) x.bf16 = bf16 + row * padded;
+    if (i8 != nullptr) x.i8 = i8 + row * padded, x.i8_meta = i8_meta + row;
     return x;
   }
 };
@@ -37,7 +40,8 @@ size_t value_bytes(int64_t num_rows, int64_t columns, unsigned forms);
 // Lays the forms out from `base` on (64-byte aligned).
 Value place_value(uint8_t* base, Rows rows, int64_t num_rows, int64_t columns, unsigned forms);
 
-// Writes `n` columns from `column` on in every form of the value. The int8 form needs both to be multiples of 32.
+// Writes `n` columns from `column` on in every form of the value. The q8 form needs both to be multiples
+// of 32, the i8 form whole rows.
 void write_forms(const KernelTable& kernels, const Value& value, int64_t row, int64_t column, const float* x,
                  int64_t n);
 

@@ -38,20 +38,41 @@ class Plan:
     attention: list[n.AttentionNode]
 
 
+_PACKED: dict[str, n.PackedType] = {
+    "q4_0": "q4_0",
+    "i4_g32": "q4_0",
+    "q4_1": "q4_1",
+    "q4_k": "q4_1",
+    "u4_g32": "q4_1",
+    "i4_g64": "q4_g64",
+    "u4_g64": "q4_g64m",
+    "i4_g128": "q4_g128",
+    "u4_g128": "q4_g128m",
+    "iq4_nl": "q4_nl",
+    "iq4_xs": "q4_nl",
+    "q5_0": "q5_0",
+    "q5_1": "q5_1",
+    "q5_k": "q5_1",
+    "q2_k": "q2_k",
+    "q3_k": "q3_k",
+    "q6_k": "q6_k",
+    "q8_0": "q8_0",
+    "i8": "i8",
+}
+
+
 def packed_type(tensor: CheckpointTensor, *, exact: bool) -> n.PackedType:
-    """The packed form of a weight: its own for quantized types, BF16 (exact: float32) for the others."""
-    match tensor.dtype:
-        case "q4_0" | "q4_1" | "q8_0":
-            return tensor.dtype
-        case _:
-            return "f32" if exact else "bf16"
+    """The packed form of a weight: that of its quantization, BF16 (exact: float32) for plain floats."""
+    if exact and tensor.dtype == "i8":
+        return "f32"
+    return _PACKED.get(tensor.dtype, "f32" if exact else "bf16")
 
 
 def activation_form(type_: n.PackedType, *, exact: bool) -> int:
     """The form in which a GEMM with such weights reads its input."""
     if exact or type_ == "f32":
         return n.F32
-    return n.BF16 if type_ == "bf16" else n.Q8
+    return {"bf16": n.BF16, "i8": n.I8}.get(type_, n.Q8)
 
 
 @dataclass(slots=True)

@@ -18,10 +18,13 @@ TILE = 64
 """Output channels of a packed tile (csrc/cpu/layout.h)."""
 GROUP = 32
 """Values that share a quantization scale."""
-F32, Q8, BF16 = 1, 2, 4
+F32, Q8, BF16, I8 = 1, 2, 4, 8
 """Forms of a buffer, or-ed."""
 
-PackedType = Literal["q4_0", "q4_1", "q8_0", "bf16", "f32"]
+PackedType = Literal[
+    "q4_0", "q4_1", "q4_g64", "q4_g64m", "q4_g128", "q4_g128m", "q4_nl",
+    "q5_0", "q5_1", "q2_k", "q3_k", "q6_k", "q8_0", "i8", "bf16", "f32",
+]  # fmt: skip
 RowDomain = Literal["tokens", "logits"]
 
 PLAIN, GATED, QUERY, KEY, VALUE = range(5)

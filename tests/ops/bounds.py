@@ -60,7 +60,7 @@ def precision(arm: str, *, quantized: bool) -> str:
 
 def tiny_bound(model: TinyModel, arm: str, *, spread: float) -> Bound:
     """The bound of an executor arm for a tiny network. `spread`: standard deviation of its golden log-probabilities."""
-    quantized = model.storage in ("q4_0", "q4_1", "q8_0")
+    quantized = model.storage not in ("f32", "f16", "bf16")
     return TINY[precision(arm, quantized=quantized)].times(spread)
 
 
