@@ -17,7 +17,8 @@ BUILD_BIN := .venv-build/bin
 PIP := -m pip --disable-pip-version-check --quiet
 LOCKED := $(PIP) install --require-hashes --no-deps -r
 CPP_SOURCES := $(shell find csrc -type f 2>/dev/null)
-CPP_FORMATTED := $(filter %.cpp %.h %.inl %.cu %.cuh,$(CPP_SOURCES))
+BENCH_SOURCES := $(wildcard benchmarks/kernels/*.cpp benchmarks/kernels/*.h)
+CPP_FORMATTED := $(filter %.cpp %.h %.inl %.cu %.cuh,$(CPP_SOURCES)) $(BENCH_SOURCES)
 CMAKE := PATH="$(CURDIR)/$(BUILD_BIN):$$PATH" cmake
 
 .PHONY: help
@@ -138,6 +139,16 @@ BENCH_ARGS ?=
 .PHONY: bench
 bench: build ## llmserve and llama.cpp side by side (PEER=DIR: its binaries; else they are built, about 10 minutes)
 	@$(BIN)/python -m benchmarks.peers.llama_cpp $(if $(PEER),--binaries "$(PEER)") --model $(MODEL) $(BENCH_ARGS)
+
+.PHONY: kernel-bench-build
+kernel-bench-build: .venv-build/.stamp
+	@mkdir -p build
+	@$(CMAKE) --preset benchmarks >build/benchmarks.log || { cat build/benchmarks.log; exit 1; }
+	@$(CMAKE) --build build/benchmarks -j "$$(nproc)" >build/benchmarks.log || { cat build/benchmarks.log; exit 1; }
+
+.PHONY: kernel-bench
+kernel-bench: build kernel-bench-build ## CPU GEMM kernels against the roofs of this machine (BENCH_ARGS=--quick: 20 s)
+	@$(BIN)/python -m benchmarks.kernels $(BENCH_ARGS)
 
 .PHONY: gpu-test
 gpu-test: dev ## tests that need an NVIDIA GPU

@@ -1,0 +1,92 @@
+"""The square matrix by oneDNN and by our kernels, in turn within each round."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import msgspec
+
+from benchmarks.kernels.executable import measure
+from benchmarks.kernels.records import Versus
+
+ROWS: Final = (16, 64, 512, 2048)
+SIDE: Final = 2048
+SHAPE: Final = "square-2048"
+_SECONDS: Final = 0.15
+_WORKER: Final = Path(__file__).with_name("library_worker.py")
+
+
+class LibraryError(Exception):
+    """The library could not be measured."""
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    library: str = ""
+    ops_per_s: float = 0.0
+    error: str = ""
+
+
+class Library:
+    """The worker process; a context manager."""
+
+    def __init__(self, python: Path, num_threads: int) -> None:
+        self._threads = num_threads
+        self._worker = subprocess.Popen(
+            [python, _WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        self.name = ""
+
+    def ops_per_s(self, kind: str, m: int) -> float:
+        """Of one product. Raises `LibraryError`."""
+        request = {"kind": kind, "m": m, "n": SIDE, "k": SIDE, "threads": self._threads, "seconds": _SECONDS}
+        assert self._worker.stdin is not None, "both are pipes"
+        assert self._worker.stdout is not None, "both are pipes"
+        try:
+            self._worker.stdin.write(msgspec.json.encode(request) + b"\n")
+            self._worker.stdin.flush()
+        except BrokenPipeError:
+            pass  # said below
+        line = self._worker.stdout.readline()
+        answer = msgspec.json.decode(line, type=_Answer) if line else _Answer(error="the worker ended; has it torch?")
+        if answer.error:
+            raise LibraryError(f"{kind}: {answer.error}")
+        self.name = answer.library
+        return answer.ops_per_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._worker.stdin is not None, "it is a pipe"
+        self._worker.stdin.close()
+        self._worker.wait(timeout=30)
+
+
+def compare(python: Path, executable: Path, *, num_rounds: int, num_threads: int, options: list[str]) -> list[Versus]:
+    """Medians of the rounds. Raises `LibraryError`."""
+    theirs: dict[tuple[str, int], list[float]] = {}
+    ours: dict[tuple[str, int, str], list[float]] = {}
+    command = ["--shapes", SHAPE, "--m", ",".join(map(str, ROWS)), "--rounds", "1", "--seconds", "2", *options]
+    with Library(python, num_threads) as library:
+        for _ in range(num_rounds):
+            for kind in ("int8", "bf16"):
+                for m in ROWS:
+                    theirs.setdefault((kind, m), []).append(library.ops_per_s(kind, m))
+            for one in measure(executable, command).gemms:
+                ours.setdefault((one.roof, one.m, one.type), []).append(one.ops_per_s)
+        return [
+            Versus(
+                kind=kind,
+                n=SIDE,
+                k=SIDE,
+                m=m,
+                library=library.name,
+                library_ops_per_s=statistics.median(values),
+                ours={one[2]: statistics.median(own) for one, own in ours.items() if one[:2] == (kind, m)},
+            )
+            for (kind, m), values in theirs.items()
+        ]
