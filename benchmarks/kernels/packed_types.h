@@ -1,4 +1,4 @@
-// What the benchmark needs to know of each packed type. A type without its line does not compile.
+// What the benchmark needs to know of each packed type. 
 #pragma once
 
 #include <string>
@@ -20,19 +20,16 @@ struct TypeInfo {
 
 constexpr TypeInfo describe(PackedType type) {
   switch (type) {
-    case PackedType::kQ4_0: return {"q4_0", kFormQ8, kInt8, 32, true};
-    case PackedType::kQ4_1: return {"q4_1", kFormQ8, kInt8, 32, true};
-    case PackedType::kQ8_0: return {"q8_0", kFormQ8, kInt8, 32, true};
-    case PackedType::kBF16: return {"bf16", kFormBF16, kBf16, 1, true};
-    case PackedType::kF32: return {"f32", kFormF32, kF32, 1, false};
+    case PackedType::kI8: return {packed_name(type), kFormI8, kInt8, 1, true};
+    case PackedType::kBF16: return {packed_name(type), kFormBF16, kBf16, 1, true};
+    case PackedType::kF32: return {packed_name(type), kFormF32, kF32, 1, false};
+    default: return {packed_name(type), kFormQ8, kInt8, block_columns(packed_format(type)), true};
   }
-  return {};
 }
 
 inline std::vector<PackedType> all_types() {
   std::vector<PackedType> types;
-  for (int code = 0; code < 256; ++code)
-    if (describe(static_cast<PackedType>(code)).name != nullptr) types.push_back(static_cast<PackedType>(code));
+  for (int code = 0; code < kNumPackedTypes; ++code) types.push_back(static_cast<PackedType>(code));
   return types;
 }
 

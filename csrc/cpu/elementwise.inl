@@ -92,7 +92,7 @@ static void quantize_group(const float* x, int8_t* codes, GroupMeta* meta) {
   for (int step = kSteps - 1; step >= 0; --step) at = magnitudes[step] == first ? step : at;
   for (int step = 0; step < kSteps; ++step)
     second = step != at && magnitudes[step] > second ? magnitudes[step] : second;
-  const float least = first * (1.0f / (1 << kHighBits));
+  const float least = first * kLeastShare;
   const float largest = second > least ? second : least;
   const bool usable = finite && first > 1e-28f;
   const float inverse = usable ? 127.0f / largest : 0.0f;
@@ -103,7 +103,7 @@ static void quantize_group(const float* x, int8_t* codes, GroupMeta* meta) {
     const int32_t code = static_cast<int32_t>(round_even(usable ? x[i] * inverse : 0.0f));
     const int32_t upper = i / 4 == at ? (code + (1 << (kHighBits - 1))) >> kHighBits : 0;
     codes[i] = static_cast<int8_t>(code - upper * (1 << kHighBits));
-    if (i / 4 == at) high[i % 4] = static_cast<int8_t>(upper);
+    if (i / 4 == at) high[i % 4] = static_cast<int8_t>(upper * (1 << (kHighBits - kHighShift)));
     sums[i / (kGroup / 2)] += code;
   }
   __builtin_memcpy(&meta->high, high, 4);

@@ -74,25 +74,41 @@ struct Codes {
   }
 };
 
-// The high parts and the zero point: what the integer sums of a group (or of half of it) start from.
+// Codes of one step, as what the high parts are multiplied with: 16 times the codes where they have 4 bits.
+template <PackedFormat F>
+inline __m512i high_line(const uint8_t* codes, int step, int vector) {
+  if constexpr (F.bits == 8) {
+    const __m512i line = load(codes + step * kStepBytes + vector * 64);
+    return F.small_codes ? _mm512_slli_epi16(line, 4) : line;
+  } else if constexpr (F.small_codes) {
+    const __m512i line = load(codes + step % 4 * kStepBytes + vector * 64);
+    const auto is_low = static_cast<__mmask32>((step >> 2) - 1);
+    return _mm512_and_si512(_mm512_mask_slli_epi16(line, is_low, line, 4), _mm512_set1_epi8(static_cast<char>(0xF0)));
+  } else {
+    return Codes<F>::one(codes, step, vector);
+  }
+}
+
+// The high parts and the zero point: what the integer sums of a group (or of half of it) start from. Additions and
+// shifts compete with the dot products for execution ports, so there is none where the codes have 4 bits.
 template <PackedFormat F, int kRows, int kWidth>
 inline void start_sums(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector,
                        __m512i (&sums)[kRows][kWidth]) {
+  constexpr int kShift = F.small_codes ? F.zero_shift : F.zero_shift - kHighShift;
   for (int r = 0; r < kRows; ++r) {
     const GroupMeta& meta = rows.at(r, group);
     int32_t high = meta.high, negative_sum = meta.negative_sum;
     if constexpr (F.group == 16) {
-      high = meta.high_step / 4 == part ? high : 0;
+      const int32_t second = -(meta.high_step >> 2);  // all bits where the step is one of 4..7
+      high &= part == 0 ? ~second : second;
       negative_sum = part == 0 ? meta.negative_first_sum : meta.negative_sum - meta.negative_first_sum;
     }
+    __m512i zero = _mm512_setzero_si512();
+    if constexpr (!F.minimum) zero = _mm512_slli_epi32(_mm512_set1_epi32(negative_sum), kShift);
     const __m512i four = _mm512_set1_epi32(high);
-    const __m512i zero = F.minimum ? _mm512_setzero_si512()
-                                   : _mm512_slli_epi32(_mm512_set1_epi32(negative_sum), F.zero_shift);
     for (int v = 0; v < kWidth; ++v) {
-      const __m512i dots =
-          _mm512_dpbusd_epi32(_mm512_setzero_si512(), Codes<F>::one(codes, meta.high_step, vector + v), four);
-      const __m512i shifted = _mm512_slli_epi32(dots, kHighBits);
-      sums[r][v] = F.minimum ? shifted : _mm512_add_epi32(shifted, zero);
+      sums[r][v] = _mm512_dpbusd_epi32(zero, high_line<F>(codes, meta.high_step, vector + v), four);
+      if constexpr (!F.small_codes) sums[r][v] = _mm512_slli_epi32(sums[r][v], kHighShift);
     }
   }
 }
@@ -136,9 +152,9 @@ inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* c
 }
 
 // Groups of up to 32: acc += scale_w * scale_x * sum (+ minimum * sum of x).
-template <PackedFormat F, int kRows, int kWidth, typename Acc>
+template <PackedFormat F, int kRows, int kWidth>
 inline void add_scaled(const Rows& rows, int64_t group, int part, const uint8_t* tables, int vector,
-                       const __m512i (&sums)[kRows][kWidth], Acc& acc) {
+                       const __m512i (&sums)[kRows][kWidth], __m512 (&acc)[kRows][kWidth]) {
   const uint8_t* scales = tables + static_cast<size_t>(part) * kTableBytes;
   for (int v = 0; v < kWidth; ++v) {
     const __m512 scale = load_f16(scales + (vector + v) * 32);
@@ -185,9 +201,9 @@ inline void clear_out(const TileArgs& args, float* out) {
 }
 
 // kRows x (kWidth vectors from `vector` on) of one code group, into float accumulators.
-template <PackedFormat F, int kRows, int kWidth, typename Acc>
+template <PackedFormat F, int kRows, int kWidth>
 inline void one_group(const Rows& rows, int64_t group, const uint8_t* codes, const uint8_t* tables, int vector,
-                      Acc& acc) {
+                      __m512 (&acc)[kRows][kWidth]) {
   __m512i sums[kRows][kWidth];
   if constexpr (F.group > kGroup) {
     start_sums<F>(rows, group, 0, codes, vector, sums);
@@ -205,110 +221,71 @@ inline void one_group(const Rows& rows, int64_t group, const uint8_t* codes, con
   }
 }
 
-// A band of kWidth vectors of the accumulators of all channels.
-template <int kRows, int kWidth>
-struct Band {
-  __m512 (*rows)[kVectors];
-  int first;
-  struct Row {
-    __m512* start;
-    __m512& operator[](int v) const { return start[v]; }
-  };
-  Row operator[](int r) const { return {rows[r] + first}; }
-};
-
-// Rows against packed codes: every line is unpacked once for all rows.
-template <PackedFormat F, int kRows>
-void packed_rows(const TileArgs& args, int row) {
-  constexpr int kWidth = 2;
+// Groups [first, end) of kRows rows and kWidth vectors from `vector` on; `block` is at `first`.
+template <PackedFormat F, int kRows, int kWidth>
+inline void multiply_band(const TileArgs& args, const Rows& rows, const uint8_t* block, int64_t first, int64_t end,
+                          int vector, float* out) {
   constexpr int kCount = block_groups(F);
-  const Rows rows = rows_from(args, row);
-  float* out = args.out + row * args.out_stride;
-  clear_out<kRows>(args, out);
-  __m512 acc[kRows][kVectors];
+  __m512 acc[kRows][kWidth];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v)
-      acc[r][v] = kCount == 1 ? _mm512_loadu_ps(out + r * args.out_stride + v * 16) : _mm512_setzero_ps();
-  const uint8_t* block = args.weights;
-  const int64_t end = args.first_group + args.num_groups;
-  for (int64_t group = args.first_group; group < end; group += kCount, block += packed_block_bytes(F)) {
+    for (int v = 0; v < kWidth; ++v)
+      acc[r][v] = kCount == 1 ? _mm512_loadu_ps(out + r * args.out_stride + (vector + v) * 16) : _mm512_setzero_ps();
+  for (int64_t group = first; group < end; group += kCount, block += packed_block_bytes(F)) {
     const uint8_t* tables = block + static_cast<size_t>(kCount) * codes_bytes(F.bits);
-    for (int i = 0; i < kCount; ++i) {
-      const uint8_t* codes = block + static_cast<size_t>(i) * codes_bytes(F.bits);
-#pragma GCC unroll 2
-      for (int vector = 0; vector < kVectors; vector += kWidth) {
-        Band<kRows, kWidth> band{acc, vector};
-        one_group<F, kRows, kWidth>(rows, group + i, codes, tables, vector, band);
-      }
-    }
+    for (int i = 0; i < kCount; ++i)
+      one_group<F, kRows, kWidth>(rows, group + i, block + static_cast<size_t>(i) * codes_bytes(F.bits), tables, vector,
+                                  acc);
     if constexpr (kCount > 1) {
-      end_block<F>(rows, group + kCount - 1, tables, 0, acc, out, args.out_stride);
+      end_block<F>(rows, group + kCount - 1, tables, vector, acc, out, args.out_stride);
       for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
+        for (int v = 0; v < kWidth; ++v) acc[r][v] = _mm512_setzero_ps();
     }
   }
   if constexpr (kCount == 1)
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * args.out_stride + v * 16, acc[r][v]);
+      for (int v = 0; v < kWidth; ++v) _mm512_storeu_ps(out + r * args.out_stride + (vector + v) * 16, acc[r][v]);
 }
 
-// Rows against codes in bytes, 32 channels at a time.
+// Few groups at a time, so that their second half is read from L1 and the tile streams by once.
 template <PackedFormat F, int kRows>
-void byte_rows(const TileArgs& args, int row) {
-  constexpr int kWidth = 2;
-  constexpr int kCount = block_groups(F);
+void multiply_rows(const TileArgs& args, int row) {
+  constexpr int kWidth = kRows <= 2 ? kVectors : 2;
+  constexpr int64_t kChunk = F.bits == 8 && kRows > 4 ? kSlabGroups : 16;
   const Rows rows = rows_from(args, row);
   float* out = args.out + row * args.out_stride;
   clear_out<kRows>(args, out);
-  for (int vector = 0; vector < kVectors; vector += kWidth) {
-    __m512 acc[kRows][kWidth];
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kWidth; ++v)
-        acc[r][v] = kCount == 1 ? _mm512_loadu_ps(out + r * args.out_stride + (vector + v) * 16) : _mm512_setzero_ps();
-    const uint8_t* block = args.weights;
-    const int64_t end = args.first_group + args.num_groups;
-    for (int64_t group = args.first_group; group < end; group += kCount, block += packed_block_bytes(F)) {
-      const uint8_t* tables = block + static_cast<size_t>(kCount) * kByteBytes;
-      for (int i = 0; i < kCount; ++i)
-        one_group<F, kRows, kWidth>(rows, group + i, block + static_cast<size_t>(i) * kByteBytes, tables, vector, acc);
-      if constexpr (kCount > 1) {
-        end_block<F>(rows, group + kCount - 1, tables, vector, acc, out, args.out_stride);
-        for (int r = 0; r < kRows; ++r)
-          for (int v = 0; v < kWidth; ++v) acc[r][v] = _mm512_setzero_ps();
-      }
-    }
-    if constexpr (kCount == 1)
-      for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kWidth; ++v) _mm512_storeu_ps(out + r * args.out_stride + (vector + v) * 16, acc[r][v]);
+  const uint8_t* block = args.weights;
+  const int64_t end = args.first_group + args.num_groups;
+  for (int64_t group = args.first_group; group < end; group += kChunk) {
+    const int64_t chunk_end = group + kChunk < end ? group + kChunk : end;
+    for (int vector = 0; vector < kVectors; vector += kWidth)
+      multiply_band<F, kRows, kWidth>(args, rows, block, group, chunk_end, vector, out);
+    block += static_cast<size_t>(kChunk / block_groups(F)) * packed_block_bytes(F);
+  }
+}
+
+template <PackedFormat F>
+void multiply(const TileArgs& args) {
+  int row = 0;
+  for (; row + 6 <= args.rows; row += 6) multiply_rows<F, 6>(args, row);
+  switch (args.rows - row) {
+    case 5: return multiply_rows<F, 5>(args, row);
+    case 4: return multiply_rows<F, 4>(args, row);
+    case 3: return multiply_rows<F, 3>(args, row);
+    case 2: return multiply_rows<F, 2>(args, row);
+    case 1: return multiply_rows<F, 1>(args, row);
+    default: return;
   }
 }
 
 template <PackedType kType>
 void gemm_packed(const TileArgs& args) {
-  constexpr PackedFormat F = packed_format(kType);
-  int row = 0;
-  for (; row + 4 <= args.rows; row += 4) packed_rows<F, 4>(args, row);
-  switch (args.rows - row) {
-    case 3: return packed_rows<F, 3>(args, row);
-    case 2: return packed_rows<F, 2>(args, row);
-    case 1: return packed_rows<F, 1>(args, row);
-    default: return;
-  }
+  multiply<packed_format(kType)>(args);
 }
 
 template <PackedType kType>
 void gemm_unpacked(const TileArgs& args) {
-  constexpr PackedFormat F = unpacked(packed_format(kType));
-  int row = 0;
-  for (; row + 6 <= args.rows; row += 6) byte_rows<F, 6>(args, row);
-  switch (args.rows - row) {
-    case 5: return byte_rows<F, 5>(args, row);
-    case 4: return byte_rows<F, 4>(args, row);
-    case 3: return byte_rows<F, 3>(args, row);
-    case 2: return byte_rows<F, 2>(args, row);
-    case 1: return byte_rows<F, 1>(args, row);
-    default: return;
-  }
+  multiply<unpacked(packed_format(kType))>(args);
 }
 
 template <PackedFormat F>
@@ -328,41 +305,49 @@ void unpack_format(const uint8_t* block, int64_t num_groups, uint8_t* out) {
   }
 }
 
-// INT8 per channel with activations scaled per token: one integer sum over all of K.
-template <int kRows>
-void i8_rows(const TileArgs& args, int row) {
+// INT8 per channel with activations scaled per token: one integer sum over all of K, kWidth vectors from `vector` on.
+template <int kRows, int kWidth>
+void i8_columns(const TileArgs& args, int row, int vector) {
   const int64_t stride = padded_columns(args.x.columns), steps = (args.x.columns + 3) / 4;
   const int8_t* x = args.x.i8 + row * stride;
-  __m512i sums[kRows][kVectors];
+  __m512i sums[kRows][kWidth];
   for (int r = 0; r < kRows; ++r) {
     const __m512i zero = _mm512_slli_epi32(_mm512_set1_epi32(args.x.i8_meta[row + r].negative_sum), 7);
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = zero;
+    for (int v = 0; v < kWidth; ++v) sums[r][v] = zero;
   }
-  const uint8_t* line = args.weights;
+  const uint8_t* line = args.weights + vector * 64;
   for (int64_t step = 0; step < steps; ++step, line += kStepBytes) {
-    __m512i codes[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      if (kRows <= 2) _mm_prefetch(reinterpret_cast<const char*>(line + v * 64 + kPrefetchBytes), _MM_HINT_T0);
+    __m512i codes[kWidth];
+    for (int v = 0; v < kWidth; ++v) {
+      if (kRows <= 4) _mm_prefetch(reinterpret_cast<const char*>(line + v * 64 + kPrefetchBytes), _MM_HINT_T0);
       codes[v] = load(line + v * 64);
     }
     for (int r = 0; r < kRows; ++r) {
       const __m512i four = broadcast4(x + r * stride + step * 4);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], codes[v], four);
+      for (int v = 0; v < kWidth; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], codes[v], four);
     }
   }
-  for (int v = 0; v < kVectors; ++v) {
-    const __m512 scale = _mm512_loadu_ps(line + v * 64);
+  const uint8_t* scales = args.weights + steps * kStepBytes;
+  for (int v = 0; v < kWidth; ++v) {
+    const __m512 scale = _mm512_loadu_ps(scales + (vector + v) * 64);
     for (int r = 0; r < kRows; ++r) {
       const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(args.x.i8_meta[row + r].scale));
-      _mm512_storeu_ps(args.out + (row + r) * args.out_stride + v * 16,
+      _mm512_storeu_ps(args.out + (row + r) * args.out_stride + (vector + v) * 16,
                        _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), factor));
     }
   }
 }
 
+template <int kRows>
+void i8_rows(const TileArgs& args, int row) {
+  if constexpr (kRows <= 4) return i8_columns<kRows, kVectors>(args, row, 0);
+  for (int vector = 0; vector < kVectors; vector += 2) i8_columns<kRows, 2>(args, row, vector);
+}
+
 void gemm_i8(const TileArgs& args) {
   int row = 0;
-  for (; row + 6 <= args.rows; row += 6) i8_rows<6>(args, row);
+  if (args.rows > 4)
+    for (; row + 6 <= args.rows; row += 6) i8_rows<6>(args, row);
   if (row + 4 <= args.rows) {
     i8_rows<4>(args, row);
     row += 4;

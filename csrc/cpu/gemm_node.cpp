@@ -80,13 +80,11 @@ void GemmNode::multiply_unpacked(const uint8_t* tile, TileArgs args, const Worke
 
 void GemmNode::multiply(const uint8_t* tile, TileArgs args, const Worker& worker) const {
   const PackedFormat format = packed_format(matrix->type);
-  if (format.group != 0 && (exact || (format.bits < 8 && args.rows > kDirectRows)))
+  if (format.group != 0 && (exact || (format.bits < 8 && args.rows > direct_rows(format))))
     return multiply_unpacked(tile, args, worker);
   const auto type = static_cast<size_t>(matrix->type);
-  const TileFunction gemm =
-      args.rows > kDirectRows ? worker.kernels->gemm_unpacked[type] : worker.kernels->gemm_packed[type];
   args.weights = tile;
-  gemm(args);
+  (args.rows > direct_rows(format) ? worker.kernels->gemm_unpacked : worker.kernels->gemm_packed)[type](args);
 }
 
 void GemmNode::run(const Step& step, int64_t index, const Worker& worker) const {

@@ -46,7 +46,7 @@ static void clear(float* acc) {
   for (int c = 0; c < kTile; ++c) acc[c] = 0.0f;
 }
 
-// Integer sums of the steps [from, to) of one group of codes in bytes: the high parts of one step, 128 times; the zero
+// Integer sums of the steps [from, to) of one group of codes in bytes: the high parts of one step; the zero
 // point; the dot products.
 static void group_sums(PackedFormat format, const uint8_t* codes, const GroupMeta& meta, const int8_t* x, int from,
                        int to, int32_t* sums) {
@@ -59,7 +59,7 @@ static void group_sums(PackedFormat format, const uint8_t* codes, const GroupMet
   int32_t negative_sum = meta.negative_sum;
   if (format.group == 16) negative_sum = from == 0 ? meta.negative_first_sum : negative_sum - meta.negative_first_sum;
   const int32_t zero = format.minimum ? 0 : negative_sum * (1 << format.zero_shift);
-  for (int c = 0; c < kTile; ++c) sums[c] = sums[c] * (1 << kHighBits) + zero;
+  for (int c = 0; c < kTile; ++c) sums[c] = sums[c] * (1 << kHighShift) + zero;
   for (int step = from; step < to; ++step) dot_step(codes + step * kTile * 4, x + step * 4, sums);
 }
 

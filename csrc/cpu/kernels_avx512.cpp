@@ -39,7 +39,7 @@ inline void quantize_group_avx512(const float* x, int8_t* codes, GroupMeta* meta
   const uint32_t equal = static_cast<uint32_t>(_mm512_cmpeq_ps_mask(low_max, first)) |
                          static_cast<uint32_t>(_mm512_cmpeq_ps_mask(high_max, first)) << 16;
   const int at = __builtin_ctz(equal) / 4;
-  const __m512 largest = _mm512_max_ps(second, _mm512_mul_ps(first, _mm512_set1_ps(1.0f / (1 << kHighBits))));
+  const __m512 largest = _mm512_max_ps(second, _mm512_mul_ps(first, _mm512_set1_ps(kLeastShare)));
   const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(127.0f), largest);
   const float scale = _mm512_cvtss_f32(largest) / 127.0f;
   const __m512i low_codes = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
@@ -57,7 +57,7 @@ inline void quantize_group_avx512(const float* x, int8_t* codes, GroupMeta* meta
   store(codes, low_codes, low_upper);
   store(codes + 16, high_codes, high_upper);
   alignas(64) int32_t upper[16];
-  _mm512_store_si512(upper, at < 4 ? low_upper : high_upper);
+  _mm512_store_si512(upper, _mm512_slli_epi32(at < 4 ? low_upper : high_upper, kHighBits - kHighShift));
   const int sum_low = _mm512_reduce_add_epi32(low_codes), sum_high = _mm512_reduce_add_epi32(high_codes);
   const int32_t* four = upper + at % 4 * 4;
   meta->scale = scale;

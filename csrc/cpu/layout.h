@@ -36,7 +36,6 @@ constexpr int kGroup = 32;        // k values of a code group, and of a group of
 constexpr int kRangeRows = 128;   // activation rows of one work item
 constexpr int kSlabGroups = 64;   // code groups of a tile that are unpacked at a time: 2048 k
 constexpr int kExactGroups = 4;   // the same as float32: 128 k
-constexpr int kDirectRows = 16;   // up to this many rows codes are unpacked in registers
 constexpr size_t kTableBytes = kTile * sizeof(uint16_t);
 constexpr size_t kNibbleBytes = kTile * kGroup / 2;
 constexpr size_t kByteBytes = kTile * kGroup;
@@ -69,21 +68,22 @@ struct PackedFormat {
   int zero_shift = 0;  // log2 of the zero point
   bool minimum = false;
   bool codebook = false;
+  bool small_codes = false;  // below 16, unpacked too
 };
 
 constexpr PackedFormat packed_format(PackedType type) {
   switch (type) {
-    case PackedType::kQ4_0: return {4, 32, 3, false, false};
-    case PackedType::kQ4_1: return {4, 32, 0, true, false};
-    case PackedType::kQ4_G64: return {4, 64, 3, false, false};
-    case PackedType::kQ4_G64M: return {4, 64, 0, true, false};
-    case PackedType::kQ4_G128: return {4, 128, 3, false, false};
-    case PackedType::kQ4_G128M: return {4, 128, 0, true, false};
+    case PackedType::kQ4_0: return {4, 32, 3, false, false, true};
+    case PackedType::kQ4_1: return {4, 32, 0, true, false, true};
+    case PackedType::kQ4_G64: return {4, 64, 3, false, false, true};
+    case PackedType::kQ4_G64M: return {4, 64, 0, true, false, true};
+    case PackedType::kQ4_G128: return {4, 128, 3, false, false, true};
+    case PackedType::kQ4_G128M: return {4, 128, 0, true, false, true};
     case PackedType::kQ4_NL: return {4, 32, 7, false, true};
     case PackedType::kQ5_0: return {5, 32, 4, false, false};
     case PackedType::kQ5_1: return {5, 32, 0, true, false};
-    case PackedType::kQ2_K: return {4, 16, 0, true, false};
-    case PackedType::kQ3_K: return {4, 16, 2, false, false};
+    case PackedType::kQ2_K: return {4, 16, 0, true, false, true};
+    case PackedType::kQ3_K: return {4, 16, 2, false, false, true};
     case PackedType::kQ6_K: return {6, 16, 5, false, false};
     case PackedType::kQ8_0: return {8, 32, 7, false, false};
     case PackedType::kI8: return {8, 0, 7, false, false};
@@ -104,6 +104,9 @@ constexpr bool is_quantized(PackedType type) { return packed_format(type).bits !
 constexpr bool is_grouped(PackedType type) { return packed_format(type).group != 0; }
 constexpr int zero_point(PackedFormat format) { return format.minimum ? 0 : 1 << format.zero_shift; }
 
+// Up to this many rows codes are unpacked in registers.
+constexpr int direct_rows(PackedFormat format) { return format.bits == 4 ? 32 : format.bits == 6 ? 2 : 8; }
+
 // Code groups and table parts of a block.
 constexpr int block_groups(PackedFormat format) { return format.group <= kGroup ? 1 : format.group / kGroup; }
 constexpr int block_parts(PackedFormat format) { return format.group == 16 ? 2 : 1; }
@@ -120,7 +123,7 @@ constexpr size_t packed_block_bytes(PackedFormat format) {
 }
 // The format of a tile whose codes were unpacked to bytes (and looked up).
 constexpr PackedFormat unpacked(PackedFormat format) {
-  return {8, format.group, format.zero_shift, format.minimum, false};
+  return {8, format.group, format.zero_shift, format.minimum, false, format.small_codes};
 }
 
 static_assert(packed_block_bytes(packed_format(PackedType::kQ4_0)) == 1152);
@@ -144,19 +147,22 @@ constexpr size_t tile_bytes(PackedType type, int64_t columns) {
 }
 
 // One group of 32 activations quantized to int8. The four values of one step, the one with the largest magnitude, have
-// codes of 15 bits: 128 * high + the int8 code. So a value that towers over its group leaves the others their codes.
+// codes of 12 bits: 128 * high + the int8 code, with high parts up to 15. So a value that towers over its group leaves
+// the others their codes. The high parts are kept times 8: a GEMM multiplies them with 16 times the weights' codes.
 struct GroupMeta {
   float scale;
   int32_t negative_sum;  // of all codes
   float scaled_sum;      // scale * sum
-  int32_t high;          // four int8: the high parts of that step
+  int32_t high;          // four int8: 8 times the high parts of that step
   int32_t high_step;
   int32_t negative_first_sum;  // of the codes of steps 0..3
   float scaled_first_sum;
   float scaled_second_sum;  // of steps 4..7
 };
 static_assert(sizeof(GroupMeta) == 32);
-constexpr int kHighBits = 7;
+constexpr int kHighBits = 7;                  // of a code below its high part
+constexpr int kHighShift = 4;                 // what the stored high parts lack of them
+constexpr float kLeastShare = 1.0f / 15.5f;  // of the largest magnitude that the scale's is
 
 // One row of activations quantized to int8 with one scale.
 struct RowMeta {
