@@ -75,8 +75,8 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
   }
 }
 
-// The group's codes by the rule of GroupMeta: the scale is that of the largest value outside the step of the high parts.
-// A group with a value that is not finite becomes NaN as a whole.
+// The group's codes by the rule of GroupMeta: the scale is that of the largest value outside the step of the high
+// parts. A group with a value that is not finite becomes NaN as a whole.
 static void quantize_group(const float* x, int8_t* codes, GroupMeta* meta) {
   constexpr int kSteps = kGroup / 4;
   float magnitudes[kSteps], first = 0.0f, second = 0.0f;

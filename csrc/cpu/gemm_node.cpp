@@ -41,9 +41,7 @@ int GemmNode::max_item_tiles() const {
   return most;
 }
 
-int64_t GemmNode::num_ranges(const Step& step) const {
-  return (num_rows(step, in.rows) + kRangeRows - 1) / kRangeRows;
-}
+int64_t GemmNode::num_ranges(const Step& step) const { return (num_rows(step, in.rows) + kRangeRows - 1) / kRangeRows; }
 
 int64_t GemmNode::num_items(const Step& step) const { return static_cast<int64_t>(items.size()) * num_ranges(step); }
 

@@ -11,8 +11,9 @@
 
 namespace llmserve {
 
-// One tile of 64 channels times `rows` rows: out[row * out_stride + channel], over the code groups from `first_group` on
-// (float32 kernels: over k from `first_group * kGroup` on). What `out` holds is continued where that is not the first.
+// One tile of 64 channels times `rows` rows: out[row * out_stride + channel], over the code groups from `first_group`
+// on (float32 kernels: over k from `first_group * kGroup` on). What `out` holds is continued where that is not the
+// first.
 struct TileArgs {
   const uint8_t* weights = nullptr;  // packed or unpacked, at `first_group`
   Activations x;                     // pointers at the first row and column 0
