@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kWeightBytes = size_t{1} << 30;
 constexpr size_t kColdBytes = size_t{256} << 20;  // of weights that a run passes by, so that no cache holds them
-constexpr size_t kReadBytes = size_t{256} << 20;  // of one sample of the reading rate
+constexpr size_t kReadBytes = size_t{128} << 20;  // of one sample of the reading rate
 constexpr double kMaxOperations = 12e9;           // of a run over all copies, where several rows make it long
 constexpr size_t kValueBytes = size_t{64} << 20;
 constexpr int kMaxHeadRows = 64;  // only rows that are sampled from meet the head
@@ -99,7 +99,7 @@ class RoofSampler {
     samples_[index].per_s.add(value);
     return value;
   }
-  // Another quarter each time, so that no cache has any of it.
+  // Another eighth each time, so that no cache has any of it.
   const uint8_t* read_place() {
     place_ = (place_ + kReadBytes) % kWeightBytes;
     return buffers_.weights.data() + place_;
