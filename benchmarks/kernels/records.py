@@ -47,6 +47,8 @@ class Gemm(msgspec.Struct, frozen=True, kw_only=True, tag_field="record", tag="g
     m: int
     copies: int
     """Of the matrix, which took turns."""
+    disturbed: int
+    """Rounds in which a neighbour took a core, in every attempt."""
     weight_bytes: int
     gemm_s: float
     """The node: dot products, epilogue, the wait for the slowest worker."""

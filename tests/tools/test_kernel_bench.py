@@ -17,7 +17,7 @@ _RUN = (
 )
 _ROOF = '{"record":"roof","name":"dram","threads":2,"per_s":3.2e+10,"low":2.8e+10,"high":3.4e+10}'
 _GEMM = (
-    '{"record":"gemm","type":"q4_0","shape":"llama-3.2-1b","part":"gate_up","n":16384,"k":2048,"m":16,"copies":11,'
+    '{"record":"gemm","type":"q4_0","shape":"llama-3.2-1b","part":"gate_up","n":16384,"k":2048,"m":16,"copies":11,"disturbed":0,'
     '"weight_bytes":18874368,"gemm_s":0.0025,"gemm_s_low":0.0024,"gemm_s_high":0.0027,"call_s":0.0026,'
     '"bytes_per_s":7.5e+09,"ops_per_s":4.2e+11,"dram_share":0.2200,"roof":"int8","roof_share":0.7000}'
 )
