@@ -17,6 +17,7 @@ constexpr size_t kReadBytes = size_t{128} << 20;  // of one sample of the readin
 constexpr double kMaxOperations = 12e9;           // of a run over all copies, where several rows make it long
 constexpr int kMaxAttempts = 4;                   // to measure a case while nobody takes a core
 constexpr double kUndisturbed = 0.9;              // of the best rate of the register loop
+constexpr double kSameMemory = 0.7;               // a reading rate against the other of the pair
 constexpr size_t kValueBytes = size_t{64} << 20;
 constexpr int kMaxHeadRows = 64;  // only rows that are sampled from meet the head
 constexpr int kAllRows[] = {1, 2, 4, 8, 16, 32, 64, 128, 512};
@@ -117,27 +118,31 @@ class RoofSampler {
   size_t place_ = 0;
 };
 
-// One measurement between two samples of the roofs. Nothing but a neighbour on the same cores slows the register loop:
-// what it slowed does not count, if another attempt fares better.
+// Nothing but a neighbour on the same cores slows the register loop; and what memory gave before and after must agree.
+bool undisturbed(const RoofNow& before, const RoofNow& after, double best_loop) {
+  return std::min(before.loop, after.loop) >= kUndisturbed * best_loop &&
+         std::min(before.dram, after.dram) >= kSameMemory * std::max(before.dram, after.dram);
+}
+
+// One measurement between two samples of the roofs. What was disturbed in every attempt does not count.
 void measure(Measured& measured, double seconds, const std::string& isa, const Buffers& buffers, int num_threads,
              RoofSampler& roofs) {
   const Case& what = measured.what;
   const Roof roof = describe(what.type).roof;
   GemmCase gemm(what, measured.num_copies, isa, num_threads, buffers);
-  CaseTime time{};
-  RoofNow before{}, after{};
   for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
-    before = roofs.sample_now(roof);
-    time = gemm.measure(seconds);
-    after = roofs.sample_now(roof);
-    if (std::min(before.loop, after.loop) >= kUndisturbed * roofs.best(roof)) break;
-    if (attempt + 1 == kMaxAttempts) ++measured.num_disturbed;
+    const RoofNow before = roofs.sample_now(roof);
+    const CaseTime time = gemm.measure(seconds);
+    const RoofNow after = roofs.sample_now(roof);
+    if (!undisturbed(before, after, roofs.best(roof))) continue;
+    measured.gemm_s.add(time.gemm);
+    measured.call_s.add(time.call);
+    const double dram = (before.dram + after.dram) / 2, loop = (before.loop + after.loop) / 2;
+    measured.dram_share.add(static_cast<double>(what.matrix_bytes()) / time.gemm / dram);
+    measured.roof_share.add(loop > 0.0 ? what.operations() / time.gemm / loop : 0.0);
+    return;
   }
-  measured.gemm_s.add(time.gemm);
-  measured.call_s.add(time.call);
-  const double dram = (before.dram + after.dram) / 2, loop = (before.loop + after.loop) / 2;
-  measured.dram_share.add(static_cast<double>(what.matrix_bytes()) / time.gemm / dram);
-  measured.roof_share.add(loop > 0.0 ? what.operations() / time.gemm / loop : 0.0);
+  ++measured.num_disturbed;
 }
 
 void run(const Options& options) {

@@ -51,6 +51,11 @@ void print_roof(const RoofSamples& roof) {
 void print_case(const Measured& measured) {
   const Case& what = measured.what;
   const TypeInfo type = describe(what.type);
+  if (measured.gemm_s.values.empty()) {
+    std::printf("{\"record\":\"disturbed\",\"type\":%s,\"shape\":%s,\"part\":%s,\"m\":%d}\n", quoted(type.name).c_str(),
+                quoted(what.matrix.shape).c_str(), quoted(what.matrix.part_name()).c_str(), what.m);
+    return;
+  }
   const double seconds = measured.gemm_s.median();
   std::printf(
       "{\"record\":\"gemm\",\"type\":%s,\"shape\":%s,\"part\":%s,\"n\":%lld,\"k\":%lld,\"m\":%d,\"copies\":%d,"

@@ -86,6 +86,14 @@ def test_a_layer_is_judged_as_a_whole_and_the_head_alone() -> None:
     assert len(units([small, large, head])) == 2
 
 
+def test_a_layer_with_a_disturbed_matrix_is_not_judged_but_said() -> None:
+    lost = '{"record":"disturbed","type":"q4_0","shape":"llama-3.2-1b","part":"o","m":16}'
+    (disturbed,) = parse([_RUN, lost]).disturbed
+    found = misses([_gemm(16, share=0.2), _gemm(64, share=0.2)], [], [disturbed])
+    assert found[0] == "q4_0 llama-3.2-1b o M=16: disturbed in every round"
+    assert [line.split(":")[0] for line in found[1:]] == ["q4_0 llama-3.2-1b layer M=64"]
+
+
 def test_a_type_without_a_floor_is_said() -> None:
     assert misses([_gemm(1, share=0.9, type="f32")], []) == []
     (line,) = misses([_gemm(1, share=0.9, type="q99")], [])
@@ -108,7 +116,13 @@ def test_text_and_plot_show_every_type() -> None:
     gemms = [_gemm(m, share=0.5 + m / 100, type=name) for name in ("q4_0", "bf16") for m in (1, 4, 16)]
     versus = [Versus(kind="bf16", n=2048, k=2048, m=16, library="other", library_ops_per_s=4e11, ours={"bf16": 3e11})]
     result = Kernels(
-        host=describe_host(), run=printed.run, others_cores=0.0, roofs=printed.roofs, gemms=gemms, versus=versus
+        host=describe_host(),
+        run=printed.run,
+        others_cores=0.0,
+        roofs=printed.roofs,
+        gemms=gemms,
+        disturbed=[],
+        versus=versus,
     )
     shown = report.text(result)
     assert "| q4_0 llama-3.2-1b layer |" in shown
