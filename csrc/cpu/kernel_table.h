@@ -74,12 +74,13 @@ struct KernelTable {
   void (*unpack_q4)(const uint8_t* tile, uint8_t* out, int64_t groups, bool minimum);
 
   void (*attention)(const AttentionArgs&);
-  // One head of one token as int8 codes; returns their scale.
+  // One head of one token as int8 codes; returns their scale, NaN when a value is not finite.
   float (*quantize_head)(const float* x, int8_t* codes, int64_t n);
 
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* out, int64_t n, float eps);
-  void (*quantize_q8)(const float* x, int8_t* codes, GroupMeta* meta, int64_t n);  // n a multiple of 32
+  // n a multiple of 32. The scale of a group that holds a value past 1e38 or a NaN is NaN.
+  void (*quantize_q8)(const float* x, int8_t* codes, GroupMeta* meta, int64_t n);
   void (*round_bf16)(const float* x, uint16_t* out, int64_t n);
   void (*head)(const HeadRow&);
   void (*activate)(Activation kind, const float* x, float* out, int64_t n);
@@ -88,7 +89,7 @@ struct KernelTable {
   void (*scale)(const float* x, float by, float* out, int64_t n);
   void (*dequantize)(DType type, const uint8_t* row, float* out, int64_t n);
 
-  float (*maximum)(const float* x, int64_t n);
+  float (*maximum)(const float* x, int64_t n);  // NaN when a value is
   // w[i] = exp((x[i] - maximum) * inverse_temperature); sums[i / 256] = their float64 sums by 256.
   void (*exp_weights)(const float* x, float maximum, float inverse_temperature, float* w, double* sums, int64_t n);
 };

@@ -221,6 +221,9 @@ class Engine:
         outputs, ended = self._collector.apply(plan, result, self._clock())
         for chunk in plan.chunks:
             self._kv_cache.commit(chunk.seq)
+        for seq in ended:
+            if seq.is_poisoned:
+                _log.error("logits are not finite request_id=%s num_tokens=%d", seq.request_id, seq.num_tokens)
         if ended:
             self._forget(ended)
         return outputs
