@@ -200,7 +200,9 @@ class Engine:
         if isinstance(outcome, Exception):
             return self._recover(plan, outcome)
         seconds = time.perf_counter() - started
-        self._scheduler.step_times.observe(len(plan.decodes), plan.num_chunk_tokens, seconds)
+        self._scheduler.step_times.observe(
+            len(plan.decodes), plan.num_chunk_tokens, seconds, context=plan.chunk_context
+        )
         return self._apply(plan, outcome)
 
     def _recover(self, plan: Plan, error: Exception) -> list[Output]:
