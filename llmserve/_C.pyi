@@ -58,6 +58,8 @@ class BlockPool:
         """Give back the blocks past num_tokens. Raises `ValueError` when it cuts into a block that others hold."""
     def release(self, handle: int) -> None:
         """Give back a table and its blocks."""
+    def discard(self, handle: int) -> None:
+        """Like `release`, and nobody matches the blocks of the table any more: what they hold is wrong."""
     def reset_cache(self) -> None:
         """Nothing computed so far can be matched any more, nor what present tables compute from now on."""
     def take_copies(self) -> list[tuple[int, int]]:

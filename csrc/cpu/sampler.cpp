@@ -59,7 +59,7 @@ double total(const double* sums, int64_t vocab) {
 int32_t first_maximum(const float* logits, int64_t vocab, float largest) {
   for (int64_t i = 0; i < vocab; ++i)
     if (logits[i] == largest) return static_cast<int32_t>(i);
-  return 0;  // all NaN
+  return 0;  // not reached: one of them is the maximum
 }
 
 // No filter: find the chunk, then the token in it.
@@ -189,6 +189,7 @@ int32_t choose(const KernelTable& kernels, const Step& step, int row, const floa
   const float* logits = edited_row(step, row, raw, vocab, s.edited);
   if (logits == raw) return draw(kernels, step, row, raw, vocab, largest, s);
   largest = kernels.maximum(logits, vocab);
+  if (std::isnan(largest)) return kNotFinite;  // the parameters did it: an infinite bias on an infinite logit
   if (largest == -std::numeric_limits<float>::infinity()) return kNoToken;
   return draw(kernels, step, row, logits, vocab, largest, s);
 }
@@ -240,7 +241,7 @@ void sample_row(const KernelTable& kernels, const Step& step, int row, const flo
                 uint8_t* scratch) {
   const Scratch s = carve(scratch, vocab);
   const float largest = kernels.maximum(logits, vocab);
-  step.out_token_ids[row] = choose(kernels, step, row, logits, vocab, largest, s);
+  step.out_token_ids[row] = std::isfinite(largest) ? choose(kernels, step, row, logits, vocab, largest, s) : kNotFinite;
   step.out_logprobs[row] = std::numeric_limits<float>::quiet_NaN();
   step.out_ranks[row] = 0;
   if (step.num_logprobs[row] >= 0 && step.out_token_ids[row] >= 0)

@@ -11,6 +11,8 @@ namespace llmserve {
 
 // Output of a row whose masks leave no token.
 constexpr int32_t kNoToken = -1;
+// Output of a row, sampled or scored, whose logits hold a NaN or have no finite maximum.
+constexpr int32_t kNotFinite = -2;
 
 // Bytes of scratch for a vocabulary.
 size_t sampler_scratch_bytes(int64_t vocab);

@@ -166,19 +166,54 @@ TEST(elementwise_quantize_q8_rounds_half_to_even) {
   }
 }
 
-TEST(elementwise_quantize_q8_of_what_is_not_a_number_or_infinite_is_defined) {
+// Codes cannot say that a value is not a number: the scale does, wherever the value stands, and its neighbours do not.
+TEST(elementwise_quantize_q8_poisons_the_group_of_what_is_not_finite) {
   for (const auto& [name, kernels] : tables())
-    for (const float odd : {INFINITY, -INFINITY, std::nanf(""), 3.4e38f, 1e-42f}) {
-      Exact<float> x = random_floats(random, 64);
-      for (const size_t i : {3, 4, 20, 31}) x[i] = odd;
-      Guarded<int8_t> codes(64);
-      Guarded<GroupMeta> meta(2);
-      kernels.quantize_q8(x.data(), codes.data(), meta.data(), 64);
-      int sum = 0;
-      for (size_t i = 0; i < 32; ++i) sum += codes[i];
-      CHECK(meta[0].sum == sum, name, " ", odd, ": the sum is not that of the codes");
-      check_group(x.data() + 32, codes.data() + 32, meta[1], name);
+    for (const float odd : {INFINITY, -INFINITY, std::nanf(""), -std::nanf(""), 3.4e38f}) {
+      for (size_t i = 32; i < 64; ++i) {
+        Exact<float> x = random_floats(random, 96);
+        x[i] = odd;
+        if (random.chance(0.5)) x[static_cast<size_t>(random.integer(32, 63))] = odd;
+        Guarded<int8_t> codes(96);
+        Guarded<GroupMeta> meta(3);
+        kernels.quantize_q8(x.data(), codes.data(), meta.data(), 96);
+        const std::string what = join(name, " ", odd, " at ", i);
+        CHECK(std::isnan(meta[1].scale) && std::isnan(meta[1].scaled_sum), what);
+        CHECK(meta[1].value == 0 && meta[1].sum == 0, what);
+        for (size_t k = 32; k < 64; ++k) CHECK(codes[k] == 0, what);
+        for (const size_t g : {0, 2}) check_group(x.data() + g * 32, codes.data() + g * 32, meta[g], what);
+      }
     }
+}
+
+TEST(elementwise_quantize_q8_of_tiny_values_is_zero) {
+  for (const auto& [name, kernels] : tables()) {
+    Exact<float> x(32);
+    for (size_t i = 0; i < 32; ++i) x[i] = i % 3 == 0 ? 1e-42f : 0.0f;
+    Guarded<int8_t> codes(32);
+    Guarded<GroupMeta> meta(1);
+    kernels.quantize_q8(x.data(), codes.data(), meta.data(), 32);
+    CHECK(meta[0].scale == 0 && meta[0].sum == 0, name);
+  }
+}
+
+TEST(elementwise_quantize_head) {
+  for (const auto& [name, kernels] : tables())
+    for (const float odd : {0.0f, INFINITY, -INFINITY, std::nanf(""), 3.4e38f})
+      for (size_t at = 0; at < 48; ++at) {
+        Exact<float> x = random_floats(random, 48);
+        if (odd != 0) x[at] = odd;
+        Guarded<int8_t> codes(48);
+        const float scale = kernels.quantize_head(x.data(), codes.data(), 48);
+        codes.check_zones(name);
+        CHECK(std::isnan(scale) == (odd != 0), name, " ", odd, " at ", at);
+        for (size_t i = 0; i < 48; ++i) {
+          const float expected = odd != 0 ? 0.0f : x[i];
+          const float tolerance = odd != 0 ? 0.0f : 0.51f * scale;
+          const float got = odd != 0 ? static_cast<float>(codes[i]) : static_cast<float>(codes[i]) * scale;
+          CHECK(std::fabs(got - expected) <= tolerance, name, " ", i);
+        }
+      }
 }
 
 TEST(elementwise_round_bf16) {
@@ -358,9 +393,32 @@ TEST(elementwise_infinities_do_not_crash) {
     kernels.layer_norm(x.data(), weight.data(), nullptr, out.data(), 64, 1e-5f);
     for (const Activation kind : kActivations) kernels.activate(kind, x.data(), out.data(), 64);
     kernels.exp_weights(x.data(), 3.0f, 1.0f, out.data(), sums.data(), 64);
-    CHECK(kernels.maximum(x.data(), 64) == INFINITY, name);
     out.check_zones(name);
   }
+}
+
+TEST(elementwise_maximum_finds_what_is_not_a_number) {
+  for (const auto& [name, kernels] : tables())
+    for (int64_t n = 1; n < 70; ++n) {
+      Exact<float> x = random_floats(random, n);
+      x[static_cast<size_t>(random.integer(0, n - 1))] = INFINITY;
+      CHECK(kernels.maximum(x.data(), n) == INFINITY, name, " ", n);
+      x[static_cast<size_t>(random.integer(0, n - 1))] = std::nanf("");
+      CHECK(std::isnan(kernels.maximum(x.data(), n)), name, " ", n);
+    }
+}
+
+TEST(elementwise_activations_keep_what_is_not_a_number) {
+  for (const auto& [name, kernels] : tables())
+    for (const Activation kind : kActivations) {
+      Exact<float> x = random_floats(random, 40), other = random_floats(random, 40);
+      for (const size_t i : {0, 17, 39}) x[i] = std::nanf("");
+      Guarded<float> out(40), gated(40);
+      kernels.activate(kind, x.data(), out.data(), 40);
+      kernels.gated(kind, x.data(), other.data(), gated.data(), 40);
+      for (size_t i = 0; i < 40; ++i)
+        CHECK(std::isnan(out[i]) == std::isnan(x[i]) && std::isnan(gated[i]) == std::isnan(x[i]), name, " ", i);
+    }
 }
 
 }  // namespace llmserve::test
