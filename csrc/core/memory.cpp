@@ -2,7 +2,10 @@
 
 #include <sys/mman.h>
 
+#include <cerrno>
 #include <new>
+#include <stdexcept>
+#include <system_error>
 #include <utility>
 
 namespace llmserve {
@@ -22,6 +25,18 @@ Mapping::Mapping(size_t num_bytes, bool huge) {
   const auto address = reinterpret_cast<uintptr_t>(base_);
   data_ = reinterpret_cast<uint8_t*>((address + kHugePage - 1) / kHugePage * kHugePage);
   if (huge) madvise(data_, size_, MADV_HUGEPAGE);
+}
+
+Mapping Mapping::of_file(int descriptor, size_t offset, size_t num_bytes) {
+  if (offset % kHugePage != 0) throw std::invalid_argument("offset: must be a multiple of 2 MiB");
+  Mapping mapping(num_bytes, false);  // an aligned place; the file's pages replace its own
+  if (mmap(mapping.data_, num_bytes, PROT_READ, MAP_SHARED | MAP_FIXED, descriptor, static_cast<off_t>(offset)) ==
+      MAP_FAILED)
+    throw std::system_error(errno, std::generic_category(), "mmap");
+  // Order matters: the first has readahead fill 2 MiB pages, the second starts it.
+  madvise(mapping.data_, num_bytes, MADV_HUGEPAGE);
+  madvise(mapping.data_, num_bytes, MADV_WILLNEED);
+  return mapping;
 }
 
 Mapping::~Mapping() { release(); }

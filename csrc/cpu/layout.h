@@ -21,6 +21,9 @@
 
 namespace llmserve {
 
+// Part of the name of a kept image of packed weights: whatever changes packed bytes raises it.
+constexpr int kLayoutVersion = 1;
+
 constexpr int kTile = 64;       // output channels of a tile
 constexpr int kGroup = 32;      // k values that share a scale
 constexpr int kSlabRows = 64;   // activation rows of one pass over an unpacked tile
