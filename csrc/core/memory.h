@@ -1,5 +1,5 @@
-// Mappings, returned as a whole. Anonymous ones are zero-filled and lazily backed: for arenas, packed weights and the KV
-// cache. One of a file is read-only and shared: its memory is the page cache, the same for all processes.
+// Mappings, returned as a whole. Anonymous ones are zero-filled and lazily backed: for arenas, packed weights and the
+// KV cache. One of a file is read-only and shared: its memory is the page cache, the same for all processes.
 #pragma once
 
 #include <cstddef>

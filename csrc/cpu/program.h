@@ -80,6 +80,7 @@ class Program {
   bool leaves(size_t node, ProgressCell* progress);
   void check(const StepArrays& arrays) const;
   uint64_t checksum_of(const uint8_t* data, size_t num_bytes);
+  void place_matrices();
   PackedMatrix pack_aside(PackedMatrix matrix);
 
   KernelTable kernels_;

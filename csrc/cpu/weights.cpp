@@ -69,13 +69,17 @@ void advise_needed(const TensorView& tensor, int64_t row, int64_t num_rows) {
 }  // namespace
 
 void Program::reserve_weights(size_t num_bytes) {
+  if (num_bytes < weights_used_) throw std::invalid_argument("num_bytes: less than the matrices have");
   weights_ = Mapping(num_bytes, true);
-  weights_used_ = 0;
+  place_matrices();
+}
+
+void Program::place_matrices() {
+  size_t place = 0;
   for (auto& matrix : matrices_) {
-    matrix->data = weights_.data() + weights_used_;
-    weights_used_ += matrix->num_bytes();
+    matrix->data = weights_.data() + place;
+    place += matrix->num_bytes();
   }
-  if (weights_used_ > weights_.size()) throw std::invalid_argument("num_bytes: less than the matrices have");
 }
 
 const PackedMatrix* Program::add_matrix(PackedMatrix matrix) {
@@ -112,11 +116,7 @@ uint64_t Program::write(const PackedMatrix& matrix, int descriptor, size_t offse
 
 void Program::map_weights(int descriptor, size_t offset) {
   weights_ = Mapping::of_file(descriptor, offset, weights_used_);
-  size_t place = 0;
-  for (auto& matrix : matrices_) {
-    matrix->data = weights_.data() + place;
-    place += matrix->num_bytes();
-  }
+  place_matrices();
   aside_ = Mapping();
 }
 

@@ -22,8 +22,10 @@ from llmserve import ops
 from llmserve.checkpoints import open_checkpoint
 from llmserve.config import ExecutorConfig, ImageConfig
 from llmserve.models.catalog import load_model
+from llmserve.ops.compiler import Compiler, Plan
 from llmserve.ops.image import DATA_OFFSET, DamagedImage, ImageHeader, image_key, open_image, write_header
 from llmserve.ops.image_folder import ImageFolder
+from llmserve.ops.nodes import GemmNode
 from tests.ops.running import prompt_logprobs
 from tests.tiny.checkpoints import write
 from tests.tiny.models import VOCAB_SIZE, TinyModel
@@ -196,19 +198,20 @@ def test_exact_layout_checkpoint_and_plan_are_part_of_the_name(
     assert len(set(places)) == len(places) == 6
 
 
+@pytest.mark.parametrize("tiles", [(0, 3), (1, 2)], ids=["at the ends", "inside, where no sample is"])
 def test_a_compiler_that_orders_rows_otherwise_reads_no_stale_image(
-    first: Loaded, path: Path, images: ImageConfig, monkeypatch: pytest.MonkeyPatch
+    first: Loaded, path: Path, images: ImageConfig, monkeypatch: pytest.MonkeyPatch, tiles: tuple[int, int]
 ) -> None:
-    from llmserve.ops.nodes import Matrix
+    original = Compiler.run
 
-    original = Matrix.add_rows
+    def reordered(self: Compiler) -> Plan:
+        plan = original(self)
+        sources = next(node.matrix.sources for node in reversed(plan.nodes) if isinstance(node, GemmNode))
+        one, other = tiles
+        sources[one], sources[other] = sources[other], sources[one]
+        return plan
 
-    def shifted(self: Matrix, tensor: object, begin: int, count: int) -> int:
-        tile = original(self, tensor, begin, count)  # type: ignore[arg-type]
-        self.sources[tile:] = self.sources[tile:][::-1]
-        return tile
-
-    monkeypatch.setattr(Matrix, "add_rows", shifted)
+    monkeypatch.setattr(Compiler, "run", reordered)
     assert Loaded(path, images).image != first.image
 
 
@@ -248,7 +251,7 @@ def packed_sum(kind: tuple[str, str]) -> int:
         data = np.random.default_rng(1).random(100 * 64, np.float32).view(np.uint8)
     program = _C.Program("", 1, max_num_tokens=1, max_num_seqs=1, max_logit_rows=1, max_position=1)
     program.reserve_weights(1 << 20)
-    view = _C.TensorView(memoryview(data), stored, 100, 64, "test")
+    view = _C.TensorView(memoryview(data.tobytes()), stored, 100, 64, "test")
     matrix = program.add_matrix(packed_type, [view], np.array([[0, 0, 64], [0, 64, 36]], np.int32))
     program.pack(matrix)
     return int(program.checksum(matrix))
