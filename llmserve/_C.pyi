@@ -10,6 +10,8 @@ LAYOUT_VERSION: int
 
 class TensorView:
     def __init__(self, data: memoryview, dtype: str, rows: int, columns: int, name: str) -> None: ...
+    def prefetch(self) -> None:
+        """Have the system read its bytes from their file."""
     @property
     def rows(self) -> int: ...
     @property

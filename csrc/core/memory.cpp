@@ -14,6 +14,13 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 }
 
+void prefetch_bytes(const void* data, size_t num_bytes) {
+  constexpr uintptr_t kPage = 4096;
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = address / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), address + num_bytes - first, MADV_WILLNEED);
+}
+
 Mapping::Mapping(size_t num_bytes, bool huge) {
   size_ = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
   mapped_ = size_ + kHugePage;

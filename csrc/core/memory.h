@@ -7,6 +7,9 @@
 
 namespace llmserve {
 
+// Has the system read, in the background, what a mapped file has there. Only advice: other memory stays as it is.
+void prefetch_bytes(const void* data, size_t num_bytes);
+
 class Mapping {
  public:
   Mapping() = default;

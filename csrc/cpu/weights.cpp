@@ -1,5 +1,4 @@
 // The weights of a program: packed into memory, or into a file that many processes map.
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -58,12 +57,8 @@ void write_all(int descriptor, const uint8_t* data, size_t num_bytes, size_t off
   }
 }
 
-// Only advice: memory that is no mapping of a file stays as it is.
-void advise_needed(const TensorView& tensor, int64_t row, int64_t num_rows) {
-  constexpr uintptr_t kPage = 4096;
-  const auto first = reinterpret_cast<uintptr_t>(tensor.row(row)) / kPage * kPage;
-  const auto end = reinterpret_cast<uintptr_t>(tensor.row(row + num_rows));
-  madvise(reinterpret_cast<void*>(first), end - first, MADV_WILLNEED);
+void prefetch_rows(const TensorView& tensor, int64_t row, int64_t num_rows) {
+  prefetch_bytes(tensor.row(row), static_cast<size_t>(tensor.row(row + num_rows) - tensor.row(row)));
 }
 
 }  // namespace
@@ -122,11 +117,11 @@ void Program::map_weights(int descriptor, size_t offset) {
 
 void Program::prefetch(const PackedMatrix& matrix, bool sample) const {
   if (!sample) {
-    for (const TensorView& tensor : matrix.tensors) advise_needed(tensor, 0, tensor.rows);
+    for (const TensorView& tensor : matrix.tensors) prefetch_rows(tensor, 0, tensor.rows);
     return;
   }
   for (const TileSource& source : {matrix.sources.front(), matrix.sources.back()})
-    advise_needed(matrix.tensors[static_cast<size_t>(source.tensor)], source.row, source.num_rows);
+    prefetch_rows(matrix.tensors[static_cast<size_t>(source.tensor)], source.row, source.num_rows);
 }
 
 uint64_t Program::checksum_of(const uint8_t* data, size_t num_bytes) {

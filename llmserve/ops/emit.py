@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,8 @@ class Emitter:
             views = [tensor_view(tensor) for tensor in matrix.tensors]
             sources = np.array(matrix.sources, np.int32)
             self._matrices[matrix] = self._program.add_matrix(matrix.type, views, sources)
+        for vector in _vectors(nodes):  # read last, one by one: without this each waits for the disk
+            tensor_view(vector).prefetch()
         loader = WeightLoader(self._program, [self._matrices[matrix] for matrix in plan], progress)
         return loader.load(self._config.images, plan)
 
@@ -128,6 +130,19 @@ class Emitter:
             cosine, sine = ((f(angles) * spec.attention_factor).astype(np.float32) for f in (np.cos, np.sin))
             self._ropes[spec] = self._program.add_rope(cosine, sine, spec.rotary_dim, spec.style == "interleaved")
         return self._ropes[spec]
+
+
+def _vectors(nodes: Sequence[n.Node]) -> Iterator[CheckpointTensor]:
+    """Small tensors that nodes take besides matrices."""
+    for node in nodes:
+        match node:
+            case n.NormNode():
+                found: tuple[CheckpointTensor | None, ...] = (node.weight, node.bias)
+            case n.HeadsNode():
+                found = (node.query_norm, node.key_norm)
+            case _:
+                found = ()
+        yield from (tensor for tensor in found if tensor is not None)
 
 
 def tensor_view(tensor: CheckpointTensor) -> _C.TensorView:
