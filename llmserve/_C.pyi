@@ -5,8 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+LAYOUT_VERSION: int
+"""Version of the packed layout: whatever changes packed bytes raises it."""
+
 class TensorView:
     def __init__(self, data: memoryview, dtype: str, rows: int, columns: int, name: str) -> None: ...
+    def prefetch(self) -> None:
+        """Have the system read its bytes from their file."""
     @property
     def rows(self) -> int: ...
     @property
@@ -185,6 +190,15 @@ class Program:
         self, packed_type: str, tensors: Sequence[TensorView], sources: NDArray[np.int32]
     ) -> PackedMatrix: ...
     def pack(self, matrix: PackedMatrix) -> None: ...
+    def prefetch(self, matrix: PackedMatrix, *, sample: bool) -> None:
+        """Have the system read what packing the matrix, or its sample, will read."""
+    def write(self, matrix: PackedMatrix, descriptor: int, offset: int) -> int:
+        """Pack aside, write to a file, return the checksum. Raises `OSError`."""
+    def map_weights(self, descriptor: int, offset: int) -> None:
+        """Have all matrices lie in a file, one after the other. Raises `OSError`."""
+    def checksum(self, matrix: PackedMatrix) -> int: ...
+    def checksum_sample(self, matrix: PackedMatrix) -> int:
+        """The checksum of its first and last tile packed aside."""
     def add_rope(
         self, cosine: NDArray[np.float32], sine: NDArray[np.float32], rotary_dim: int, interleaved: bool
     ) -> RopeTable: ...

@@ -2,6 +2,9 @@
 #include "bindings/bindings.h"
 #include "cpu/program.h"
 
+#include <cerrno>
+#include <system_error>
+
 namespace llmserve {
 
 namespace {
@@ -231,6 +234,16 @@ py::array_t<float> read_value(const Program& program, const Value& value, int64_
   return out;
 }
 
+// What the system refused becomes an OSError with its number.
+void translate_system_error(std::exception_ptr thrown) {
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+  }
+}
+
 void bind_builders(py::class_<Program>& program) {
   constexpr auto reference = py::return_value_policy::reference_internal;
   program.def("reserve_arena", &Program::reserve_arena, py::arg("num_bytes"))
@@ -244,6 +257,13 @@ void bind_builders(py::class_<Program>& program) {
       .def("add_matrix", &add_matrix, py::arg("packed_type"), py::arg("tensors"), py::arg("sources"), reference,
            py::keep_alive<1, 3>())
       .def("pack", &Program::pack, py::arg("matrix"), py::call_guard<py::gil_scoped_release>())
+      .def("prefetch", &Program::prefetch, py::arg("matrix"), py::kw_only(), py::arg("sample"))
+      .def("write", &Program::write, py::arg("matrix"), py::arg("descriptor"), py::arg("offset"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("map_weights", &Program::map_weights, py::arg("descriptor"), py::arg("offset"))
+      .def("checksum", py::overload_cast<const PackedMatrix&>(&Program::checksum_of), py::arg("matrix"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("checksum_sample", &Program::checksum_of_sample, py::arg("matrix"), py::call_guard<py::gil_scoped_release>())
       .def(
           "add_rope",
           [](Program& self, const py::object& cosine, const py::object& sine, int rotary_dim, bool interleaved) {
@@ -277,9 +297,10 @@ void bind_builders(py::class_<Program>& program) {
 }  // namespace
 
 void bind_program(py::module_& module) {
+  py::register_local_exception_translator(translate_system_error);
   py::class_<Value>(module, "Value", "An activation in a program's arena.");
   py::class_<PackedMatrix>(module, "PackedMatrix", "A weight in the packed layout.")
-      .def_property_readonly("num_bytes", [](const PackedMatrix& m) { return m.bytes_per_tile() * m.sources.size(); });
+      .def_property_readonly("num_bytes", &PackedMatrix::num_bytes);
   py::class_<RopeTable>(module, "RopeTable", "Rotary tables of a program.");
 
   py::class_<Program> program(module, "Program", "A compiled network; `run` is one call per step.");
@@ -322,6 +343,7 @@ void bind_program(py::module_& module) {
         return tile_bytes(parse_packed(type), columns) * static_cast<size_t>(num_tiles);
       },
       py::arg("packed_type"), py::arg("columns"), py::arg("num_tiles"), "Bytes of a packed matrix.");
+  module.attr("LAYOUT_VERSION") = kLayoutVersion;
   module.def("kv_block_bytes", &KvCache::bytes_per_block, py::arg("num_layers"), py::arg("kv_heads"),
              py::arg("head_dim"), py::arg("int8"), "Bytes of one KV block over all layers.");
   module.def(

@@ -29,7 +29,8 @@
 
 namespace llmserve {
 
-constexpr int kLayoutVersion = 2;  // to be raised with every change of packed bytes
+// Part of the name of a kept image of packed weights: whatever changes packed bytes raises it.
+constexpr int kLayoutVersion = 2;
 
 constexpr int kTile = 64;        // output channels of a tile
 constexpr int kGroup = 32;       // k values of a code group, and of a group of activations

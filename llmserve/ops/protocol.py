@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmserve.types import CheckpointTensor
+from llmserve.types import CheckpointTensor, WeightsOrigin
 
 Value = Any
 """An executor's own handle of an activation, `[num_tokens, …]`; num_tokens is known only at run time."""
@@ -251,6 +251,9 @@ class Executor(Protocol):
     weight_bytes: int
     isa: str
     num_threads: int
+    weights_origin: WeightsOrigin
+    image_path: str
+    """Of the packed weights; empty: they are in memory alone."""
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Create the KV cache and the block pool. Raises `OutOfMemory`."""

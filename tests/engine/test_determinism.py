@@ -44,6 +44,7 @@ class Recorder:
     def __init__(self, executor: PagedExecutor) -> None:
         self._executor = executor
         self.weight_bytes, self.isa, self.num_threads = 0, executor.isa, executor.num_threads
+        self.weights_origin, self.image_path = executor.weights_origin, executor.image_path
         self.max_seqs = 0
 
     @property
