@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmserve.engine.step_time import DECODE_FACTOR, MIN_CHUNK_TOKENS, StepTimeModel
-from tests.engine.test_engine import make_engine, make_request
+from tests.engine.test_engine import make_engine, make_request, run
 
 DECODE_S, TOKEN_S = 0.010, 0.001
 
@@ -143,8 +143,7 @@ def test_cached_prefixes_count_as_context() -> None:
     times = engine._scheduler.step_times
     prompt = [3] * 100
     engine.submit(make_request("first", prompt, max_tokens=1))
-    while engine.has_work:
-        engine.step()
+    run(engine)
     for context, token_s in ((0, TOKEN_S / 2), (100, TOKEN_S)):
         times._tokens._values[context.bit_length()] = deque([token_s])
     times._decodes._values[1] = deque([DECODE_S])
@@ -159,8 +158,7 @@ def test_cached_prefixes_count_as_context() -> None:
     assert len(executor.steps[-1].token_ids) == 1 + 32
     engine.submit(make_request("fresh", [6] * 90, max_tokens=1))
     num_before = len(executor.steps)
-    while engine.has_work:
-        engine.step()
+    run(engine)
     assert max(len(step.token_ids) for step in executor.steps[num_before:]) >= 1 + 64
 
 
