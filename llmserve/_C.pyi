@@ -216,7 +216,14 @@ class Program:
     ) -> None: ...
     def add_gather(self, x: Value, out: Value | None) -> None: ...
     def add_elementwise(
-        self, op: str, x: Value, y: Value | None, out: Value | None, activation: str = "silu", by: float = 1.0
+        self,
+        op: str,
+        x: Value,
+        y: Value | None,
+        out: Value | None,
+        activation: str = "silu",
+        by: float = 1.0,
+        order: NDArray[np.int32] | None = None,
     ) -> None: ...
     def add_gemm(
         self,
@@ -230,6 +237,7 @@ class Program:
         activation: str = "silu",
         factor: float = 1.0,
         softcap: float = 0.0,
+        maxima: Value | None = None,
     ) -> None: ...
     def add_heads(
         self,
@@ -257,7 +265,7 @@ class Program:
         layer: int,
         scale: float,
     ) -> None: ...
-    def add_sample(self, logits: Value) -> None: ...
+    def add_sample(self, logits: Value, maxima: Value | None = None) -> None: ...
     def allocate_kv(
         self, num_layers: int, num_blocks: int, kv_heads: int, head_dim: int, int8: bool = False
     ) -> None: ...

@@ -180,3 +180,6 @@ class CheckpointTensor:
     """Logical shape, row-major, e.g. (out_features, in_features)."""
     data: memoryview
     """The bytes, mapped read-only; it keeps the mapping alive."""
+    order: tuple[int, ...] | None = None
+    """Activation order: column j of the stored rows multiplies input `order[j]`; None: j itself. The shape's columns
+    are the inputs."""

@@ -33,7 +33,8 @@ Elementwise parse_elementwise(const std::string& name) {
   if (name == "act") return Elementwise::kActivate;
   if (name == "gated") return Elementwise::kGated;
   if (name == "forms") return Elementwise::kForms;
-  throw std::invalid_argument("op: '" + name + "' is not one of add, scale, act, gated, forms");
+  if (name == "permute") return Elementwise::kPermute;
+  throw std::invalid_argument("op: '" + name + "' is not one of add, scale, act, gated, forms, permute");
 }
 
 Rows parse_rows(const std::string& name) {
@@ -86,7 +87,7 @@ void add_gather(Program& program, const Value& in, const Value& out) {
 }
 
 void add_elementwise(Program& program, const std::string& op, const Value& x, const Value* y, const Value& out,
-                     const std::string& activation, float by) {
+                     const std::string& activation, float by, const py::object& order) {
   auto node = std::make_unique<ElementwiseNode>();
   node->op = parse_elementwise(op);
   node->x = x;
@@ -94,6 +95,11 @@ void add_elementwise(Program& program, const std::string& op, const Value& x, co
   node->out = out;
   node->activation = parse_activation(activation);
   node->by = by;
+  node->order = to_vector<int32_t>(order);
+  if (node->op == Elementwise::kPermute && static_cast<int64_t>(node->order.size()) != out.columns)
+    throw std::invalid_argument("order: one entry per column expected");
+  for (const int32_t column : node->order)
+    if (column < 0 || column >= x.columns) throw std::invalid_argument("order: a column is out of range");
   program.add_node(std::move(node));
 }
 
@@ -122,10 +128,11 @@ std::unique_ptr<GemmNode> make_gemm(const PackedMatrix& matrix, const Value& in,
 
 void add_gemm(Program& program, const PackedMatrix& matrix, const Value& in, const Value* out,
               const Array<int32_t>& items, bool exact, const py::object& bias, const Value* residual,
-              const std::string& activation, float factor, float softcap) {
+              const std::string& activation, float factor, float softcap, const Value* maxima) {
   auto node = make_gemm(matrix, in, out, items, exact);
   node->bias = to_vector<float>(bias);
   node->residual = residual;
+  node->maxima = maxima;
   node->activation = parse_activation(activation);
   node->factor = factor;
   node->softcap = softcap;
@@ -278,20 +285,24 @@ void bind_builders(py::class_<Program>& program) {
            py::arg("eps"))
       .def("add_gather", &add_gather, py::arg("x"), py::arg("out"))
       .def("add_elementwise", &add_elementwise, py::arg("op"), py::arg("x"), py::arg("y"), py::arg("out"),
-           py::arg("activation") = "silu", py::arg("by") = 1.0f)
+           py::arg("activation") = "silu", py::arg("by") = 1.0f, py::arg("order") = py::none())
       .def("add_gemm", &add_gemm, py::arg("matrix"), py::arg("x"), py::arg("out"), py::arg("items"), py::arg("exact"),
            py::arg("bias") = py::none(), py::arg("residual") = nullptr, py::arg("activation") = "silu",
-           py::arg("factor") = 1.0f, py::arg("softcap") = 0.0f)
+           py::arg("factor") = 1.0f, py::arg("softcap") = 0.0f, py::arg("maxima") = nullptr)
       .def("add_heads", &add_heads, py::arg("matrix"), py::arg("x"), py::arg("out"), py::arg("items"), py::arg("exact"),
            py::arg("bias"), py::arg("rope"), py::arg("query_norm"), py::arg("key_norm"), py::arg("norm_eps"),
            py::arg("head_dim"), py::arg("layer"))
       .def("add_attention", &add_attention, py::arg("q"), py::arg("out"), py::arg("heads"), py::arg("kv_heads"),
            py::arg("head_dim"), py::arg("window"), py::arg("layer"), py::arg("scale"))
-      .def("add_sample", [](Program& self, const Value& logits) {
-        auto node = std::make_unique<SampleNode>();
-        node->logits = logits;
-        self.add_node(std::move(node));
-      });
+      .def(
+          "add_sample",
+          [](Program& self, const Value& logits, const Value* maxima) {
+            auto node = std::make_unique<SampleNode>();
+            node->logits = logits;
+            node->maxima = maxima;
+            self.add_node(std::move(node));
+          },
+          py::arg("logits"), py::arg("maxima") = nullptr);
 }
 
 }  // namespace

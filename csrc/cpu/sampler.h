@@ -17,7 +17,13 @@ constexpr int32_t kNotFinite = -2;
 // Bytes of scratch for a vocabulary.
 size_t sampler_scratch_bytes(int64_t vocab);
 
-void sample_row(const KernelTable& kernels, const Step& step, int row, const float* logits, int64_t vocab,
-                uint8_t* scratch);
+// One row of logits. `maxima`, where it is there, has the largest of each 64 of them: a greedy choice reads little more.
+struct LogitRow {
+  const float* logits;
+  int64_t vocab;
+  const float* maxima = nullptr;
+};
+
+void sample_row(const KernelTable& kernels, const Step& step, int row, const LogitRow& logits, uint8_t* scratch);
 
 }  // namespace llmserve

@@ -50,7 +50,7 @@ Sampled sample(const KernelTable& kernels, const Exact<float>& logits, const Opt
   step.out_ranks = &result.rank;
   step.out_top_ids = top_ids.data();
   step.out_top_logprobs = top_logprobs.data();
-  sample_row(kernels, step, 0, logits.data(), vocab, scratch.data());
+  sample_row(kernels, step, 0, {logits.data(), vocab}, scratch.data());
   top_ids.check_zones("top ids");
   top_logprobs.check_zones("top logprobs");
   const size_t count = std::min(width, logits.size());

@@ -75,7 +75,8 @@ class Emitter:
             case n.GatherNode():
                 program.add_gather(x[0], out)
             case n.ElementwiseNode():
-                program.add_elementwise(node.op, x[0], x[1] if len(x) > 1 else None, out, node.act, node.by)
+                order = None if node.order is None else np.array(node.order, np.int32)
+                program.add_elementwise(node.op, x[0], x[1] if len(x) > 1 else None, out, node.act, node.by, order)
             case n.HeadsNode():
                 self._add_heads(node, x[0], out)
             case n.GemmNode():
@@ -86,7 +87,7 @@ class Emitter:
                     x[0], out, spec.heads, spec.kv_heads, spec.head_dim, spec.window, node.layer, spec.scale
                 )
             case n.SampleNode():
-                program.add_sample(x[0])
+                program.add_sample(x[0], x[1])
 
     def _value(self, buffer: n.Buffer) -> _C.Value:
         if buffer not in self._values:
@@ -105,6 +106,7 @@ class Emitter:
             node.act,
             node.factor,
             node.softcap,
+            None if node.second_out is None else self._value(node.second_out),
         )
 
     def _add_heads(self, node: n.HeadsNode, x: _C.Value, out: _C.Value | None) -> None:
