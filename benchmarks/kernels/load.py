@@ -30,7 +30,7 @@ from benchmarks.peers.results import RESULTS, save_json
 from llmserve.config import EngineConfig
 from llmserve.engine.loader import load_engine
 from llmserve.tools.bench_host import Host, describe_host
-from llmserve.tools.bench_meter import OthersMeter
+from llmserve.tools.bench_meter import OthersMeter, wait_until_quiet
 from llmserve.types import Request, SamplingParams
 
 PACKING_BOUND_S: Final = 15.0
@@ -119,6 +119,7 @@ def huge_bytes() -> int:
 
 def load_once(model: Path, what: str, *, keep: bool) -> Load:
     """Load in this process."""
+    wait_until_quiet(max_cores=0.1, timeout_s=20.0, sample_s=0.5)
     before, meter, weights_at = status("VmRSS"), OthersMeter(), [0.0]
 
     def on_progress(phase: str, done: int, total: int) -> None:

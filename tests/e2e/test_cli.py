@@ -200,7 +200,7 @@ def test_doctor(model: str) -> None:
         "memory",
         "extension",
         "torch",
-        "packed weights  in memory; less than 256 MiB are packed anew",
+        "packed weights  in memory",
         "KV cache",
         "limited by",
         "to change it",
