@@ -107,6 +107,7 @@ void fill(KernelTable& table);
 #ifdef LLMSERVE_X86
 namespace avx2 {
 void fill(KernelTable& table);
+void fill_gemm_int8(KernelTable& table);  // the entries of quantized weights; a part of `fill`
 }
 namespace avx512 {
 void fill(KernelTable& table);
