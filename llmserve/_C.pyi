@@ -5,8 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+LAYOUT_VERSION: int
+"""Version of the packed layout: whatever changes packed bytes raises it."""
+
 class TensorView:
     def __init__(self, data: memoryview, dtype: str, rows: int, columns: int, name: str) -> None: ...
+    def prefetch(self) -> None:
+        """Have the system read its bytes from their file."""
     @property
     def rows(self) -> int: ...
     @property
@@ -58,6 +63,8 @@ class BlockPool:
         """Give back the blocks past num_tokens. Raises `ValueError` when it cuts into a block that others hold."""
     def release(self, handle: int) -> None:
         """Give back a table and its blocks."""
+    def discard(self, handle: int) -> None:
+        """Like `release`, and nobody matches the blocks of the table any more: what they hold is wrong."""
     def reset_cache(self) -> None:
         """Nothing computed so far can be matched any more, nor what present tables compute from now on."""
     def take_copies(self) -> list[tuple[int, int]]:
@@ -183,6 +190,15 @@ class Program:
         self, packed_type: str, tensors: Sequence[TensorView], sources: NDArray[np.int32]
     ) -> PackedMatrix: ...
     def pack(self, matrix: PackedMatrix) -> None: ...
+    def prefetch(self, matrix: PackedMatrix, *, sample: bool) -> None:
+        """Have the system read what packing the matrix, or its sample, will read."""
+    def write(self, matrix: PackedMatrix, descriptor: int, offset: int) -> int:
+        """Pack aside, write to a file, return the checksum. Raises `OSError`."""
+    def map_weights(self, descriptor: int, offset: int) -> None:
+        """Have all matrices lie in a file, one after the other. Raises `OSError`."""
+    def checksum(self, matrix: PackedMatrix) -> int: ...
+    def checksum_sample(self, matrix: PackedMatrix) -> int:
+        """The checksum of its first and last tile packed aside."""
     def add_rope(
         self, cosine: NDArray[np.float32], sine: NDArray[np.float32], rotary_dim: int, interleaved: bool
     ) -> RopeTable: ...
@@ -200,7 +216,14 @@ class Program:
     ) -> None: ...
     def add_gather(self, x: Value, out: Value | None) -> None: ...
     def add_elementwise(
-        self, op: str, x: Value, y: Value | None, out: Value | None, activation: str = "silu", by: float = 1.0
+        self,
+        op: str,
+        x: Value,
+        y: Value | None,
+        out: Value | None,
+        activation: str = "silu",
+        by: float = 1.0,
+        order: NDArray[np.int32] | None = None,
     ) -> None: ...
     def add_gemm(
         self,
@@ -214,6 +237,7 @@ class Program:
         activation: str = "silu",
         factor: float = 1.0,
         softcap: float = 0.0,
+        maxima: Value | None = None,
     ) -> None: ...
     def add_heads(
         self,
@@ -241,7 +265,7 @@ class Program:
         layer: int,
         scale: float,
     ) -> None: ...
-    def add_sample(self, logits: Value) -> None: ...
+    def add_sample(self, logits: Value, maxima: Value | None = None) -> None: ...
     def allocate_kv(
         self, num_layers: int, num_blocks: int, kv_heads: int, head_dim: int, int8: bool = False
     ) -> None: ...

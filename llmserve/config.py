@@ -53,6 +53,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConfig:
+    """Where an executor keeps packed weights for the next start."""
+
+    folder: Path
+    checkpoint_id: str
+    """Changes with the content of the checkpoint."""
+    max_bytes: int
+    """Of all images in the folder; those used longest ago make room."""
+    min_bytes: int = 0
+    """Smaller weights are packed into memory at each start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorConfig:
     """What an executor needs to build its program."""
 
@@ -73,6 +86,8 @@ class ExecutorConfig:
     """int8 halves the KV cache, with one scale for each token and head."""
     isa: str = ""
     """Highest instruction set to use: scalar, avx2 or avx512; empty: the best there is. It only lowers the choice."""
+    images: ImageConfig | None = None
+    """None: packed weights live in memory alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +115,11 @@ class EngineConfig:
     num_threads: int = 0
     exact: bool = False
     kv_cache_dtype: KVCacheDtype = "bf16"
+    packed_cache_bytes: int | None = None
+    """Most bytes of packed weights kept on disk for later starts; 0: none. None: $LLMSERVE_PACKED_CACHE_GIB, else 64
+    GiB."""
+    packed_cache_min_bytes: int = 256 << 20
+    """Packed weights smaller than this are not kept: packing them takes no longer than looking for them."""
     step_lease: bool = True
     """Take turns, step by step, with other engines of this user on the same cores."""
     trace_path: Path | None = None

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
+WeightsOrigin = Literal["memory", "written", "mapped"]
 KVCacheLimit = Literal["available", "cap", "kv_cache_bytes", "max_num_seqs"]
 """What limits the size of the KV cache: a share of the free memory; the default limit; the configuration; the most
 sequences of the greatest length, which could not use more."""
@@ -142,6 +143,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Memory that was free when the KV cache was sized."""
     kv_cache_limit: KVCacheLimit = "available"
     """What the size of the cache was limited by."""
+    weights_origin: WeightsOrigin = "memory"
+    """Packed into memory, packed into an image, or mapped from one that was there."""
+    image_path: str = ""
+    """The image of the packed weights; empty: there is none."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -175,3 +180,6 @@ class CheckpointTensor:
     """Logical shape, row-major, e.g. (out_features, in_features)."""
     data: memoryview
     """The bytes, mapped read-only; it keeps the mapping alive."""
+    order: tuple[int, ...] | None = None
+    """Activation order: column j of the stored rows multiplies input `order[j]`; None: j itself. The shape's columns
+    are the inputs."""

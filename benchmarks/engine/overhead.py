@@ -22,7 +22,7 @@ from llmserve.engine.engine import Engine
 from llmserve.engine.scheduler import SchedulerConfig
 from llmserve.ops.protocol import StepInput, StepOutput
 from llmserve.tools.bench_host import Host, describe_host
-from llmserve.types import EngineInfo, Request, SamplingParams
+from llmserve.types import EngineInfo, Request, SamplingParams, WeightsOrigin
 
 BUDGET_US = {32: 150.0, 256: 600.0}
 BLOCK_SIZE = 16
@@ -54,6 +54,8 @@ class IdleExecutor:
     weight_bytes = 0
     isa = "none"
     num_threads = 1
+    weights_origin: WeightsOrigin = "memory"
+    image_path = ""
 
     def __init__(self, num_blocks: int) -> None:
         self.block_pool = BlockPool(num_blocks, BLOCK_SIZE)

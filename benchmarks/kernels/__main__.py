@@ -40,12 +40,18 @@ def main() -> int:
 
     (printed, versus), others = Quiet(max_attempts=1, timeout_s=60.0).measure(measure)
     result = Kernels(
-        host=host, run=printed.run, others_cores=others, roofs=printed.roofs, gemms=printed.gemms, versus=versus
+        host=host,
+        run=printed.run,
+        others_cores=others,
+        roofs=printed.roofs,
+        gemms=printed.gemms,
+        disturbed=printed.disturbed,
+        versus=versus,
     )
     print(report.text(result))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.with_suffix(".svg").write_text(report.plot(result))
-    return conclude(result, arguments.output, floors.misses(printed.gemms, versus))
+    return conclude(result, arguments.output, floors.misses(printed.gemms, versus, printed.disturbed))
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:

@@ -13,8 +13,11 @@ namespace {
 
 constexpr size_t kWeightBytes = size_t{1} << 30;
 constexpr size_t kColdBytes = size_t{256} << 20;  // of weights that a run passes by, so that no cache holds them
-constexpr size_t kReadBytes = size_t{256} << 20;  // of one sample of the reading rate
+constexpr size_t kReadBytes = size_t{128} << 20;  // of one sample of the reading rate
 constexpr double kMaxOperations = 12e9;           // of a run over all copies, where several rows make it long
+constexpr int kMaxAttempts = 4;                   // to measure a case while nobody takes a core
+constexpr double kUndisturbed = 0.9;              // of the best rate of the register loop
+constexpr double kSameMemory = 0.7;               // a reading rate against the other of the pair
 constexpr size_t kValueBytes = size_t{64} << 20;
 constexpr int kMaxHeadRows = 64;  // only rows that are sampled from meet the head
 constexpr int kAllRows[] = {1, 2, 4, 8, 16, 32, 64, 128, 512};
@@ -49,7 +52,7 @@ std::vector<Measured> plan(const Options& options) {
         for (const int m : rows_of(options, shape, matrix.part)) {
           const Case what{type, matrix, m};
           if (what.matrix_bytes() <= kWeightBytes)
-            cases.push_back({what, copies_of(what), {}, {}, {}, {}});
+            cases.push_back({what, copies_of(what), 0, {}, {}, {}, {}});
           else
             std::fprintf(stderr, "left out: %s %s of %s is too large\n", matrix.shape, matrix.part_name(),
                          describe(type).name);
@@ -84,6 +87,8 @@ class RoofSampler {
             add(1 + roof, measure_loop(table_, roof, pool_, buffers_.weights.data()))};
   }
 
+  double best(Roof roof) const { return samples_[1 + size_t{roof}].per_s.high(); }
+
   void print() const {
     for (const RoofSamples& roof : samples_)
       if (!roof.per_s.values.empty() && roof.per_s.median() > 0.0) print_roof(roof);
@@ -99,7 +104,7 @@ class RoofSampler {
     samples_[index].per_s.add(value);
     return value;
   }
-  // Another quarter each time, so that no cache has any of it.
+  // Another eighth each time, so that no cache has any of it.
   const uint8_t* read_place() {
     place_ = (place_ + kReadBytes) % kWeightBytes;
     return buffers_.weights.data() + place_;
@@ -113,21 +118,31 @@ class RoofSampler {
   size_t place_ = 0;
 };
 
-void run_round(std::vector<Measured>& cases, double seconds, const std::string& isa, const Buffers& buffers,
-               int num_threads, RoofSampler& roofs) {
-  roofs.sample_all();
-  for (Measured& measured : cases) {
-    const Case& what = measured.what;
-    const Roof roof = describe(what.type).roof;
+// Nothing but a neighbour on the same cores slows the register loop; and what memory gave before and after must agree.
+bool undisturbed(const RoofNow& before, const RoofNow& after, double best_loop) {
+  return std::min(before.loop, after.loop) >= kUndisturbed * best_loop &&
+         std::min(before.dram, after.dram) >= kSameMemory * std::max(before.dram, after.dram);
+}
+
+// One measurement between two samples of the roofs. What was disturbed in every attempt does not count.
+void measure(Measured& measured, double seconds, const std::string& isa, const Buffers& buffers, int num_threads,
+             RoofSampler& roofs) {
+  const Case& what = measured.what;
+  const Roof roof = describe(what.type).roof;
+  GemmCase gemm(what, measured.num_copies, isa, num_threads, buffers);
+  for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
     const RoofNow before = roofs.sample_now(roof);
-    const CaseTime time = GemmCase(what, measured.num_copies, isa, num_threads, buffers).measure(seconds);
+    const CaseTime time = gemm.measure(seconds);
     const RoofNow after = roofs.sample_now(roof);
+    if (!undisturbed(before, after, roofs.best(roof))) continue;
     measured.gemm_s.add(time.gemm);
     measured.call_s.add(time.call);
     const double dram = (before.dram + after.dram) / 2, loop = (before.loop + after.loop) / 2;
     measured.dram_share.add(static_cast<double>(what.matrix_bytes()) / time.gemm / dram);
     measured.roof_share.add(loop > 0.0 ? what.operations() / time.gemm / loop : 0.0);
+    return;
   }
+  ++measured.num_disturbed;
 }
 
 void run(const Options& options) {
@@ -143,7 +158,8 @@ void run(const Options& options) {
   print_run(options, isa, num_threads);
   for (int round = 0; round < options.rounds; ++round) {
     std::fprintf(stderr, "round %d of %d: %zu cases\n", round + 1, options.rounds, cases.size());
-    run_round(cases, seconds, isa, buffers, num_threads, roofs);
+    roofs.sample_all();
+    for (Measured& measured : cases) measure(measured, seconds, isa, buffers, num_threads, roofs);
   }
   roofs.print();
   for (const Measured& measured : cases) print_case(measured);

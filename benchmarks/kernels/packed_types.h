@@ -23,8 +23,13 @@ constexpr TypeInfo describe(PackedType type) {
     case PackedType::kI8: return {packed_name(type), kFormI8, kInt8, 1, true};
     case PackedType::kBF16: return {packed_name(type), kFormBF16, kBf16, 1, true};
     case PackedType::kF32: return {packed_name(type), kFormF32, kF32, 1, false};
-    default: return {packed_name(type), kFormQ8, kInt8, block_columns(packed_format(type)), true};
+    default: break;
   }
+  const PackedFormat format = packed_format(type);
+  // Of the grouped types those by default whose kernels differ most; the others have the same dot products.
+  const bool by_default = type == PackedType::kQ4_0 || type == PackedType::kQ4_1 || type == PackedType::kQ4_G128 ||
+                          type == PackedType::kQ8_0;
+  return {packed_name(type), kFormQ8, kInt8, block_columns(format), by_default};
 }
 
 inline std::vector<PackedType> all_types() {

@@ -47,6 +47,8 @@ class Gemm(msgspec.Struct, frozen=True, kw_only=True, tag_field="record", tag="g
     m: int
     copies: int
     """Of the matrix, which took turns."""
+    disturbed: int
+    """Rounds that do not count, because a neighbour disturbed each attempt."""
     weight_bytes: int
     gemm_s: float
     """The node: dot products, epilogue, the wait for the slowest worker."""
@@ -66,6 +68,15 @@ class Gemm(msgspec.Struct, frozen=True, kw_only=True, tag_field="record", tag="g
     def bound_share(self) -> float:
         """Of the nearer roof: the share of the time that is needed at least."""
         return max(self.dram_share, self.roof_share)
+
+
+class Disturbed(msgspec.Struct, frozen=True, kw_only=True, tag_field="record", tag="disturbed"):
+    """A GEMM of which no round counts."""
+
+    type: str
+    shape: str
+    part: str
+    m: int
 
 
 class Versus(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +102,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     """Cores that other processes kept busy meanwhile."""
     roofs: list[Roof]
     gemms: list[Gemm]
+    disturbed: list[Disturbed]
     versus: list[Versus]
 
 
@@ -100,11 +112,12 @@ class Printed(msgspec.Struct, frozen=True, kw_only=True):
     run: Run
     roofs: list[Roof]
     gemms: list[Gemm]
+    disturbed: list[Disturbed]
 
 
 def parse(lines: Iterable[str]) -> Printed:
     """Read the executable's lines. Raises `ValueError` (msgspec's is one) for lines of another kind or none."""
-    decoder = msgspec.json.Decoder(Run | Roof | Gemm)
+    decoder = msgspec.json.Decoder(Run | Roof | Gemm | Disturbed)
     records = [decoder.decode(line) for line in lines if line.strip()]
     runs = [one for one in records if isinstance(one, Run)]
     if len(runs) != 1:
@@ -113,4 +126,5 @@ def parse(lines: Iterable[str]) -> Printed:
         run=runs[0],
         roofs=[one for one in records if isinstance(one, Roof)],
         gemms=[one for one in records if isinstance(one, Gemm)],
+        disturbed=[one for one in records if isinstance(one, Disturbed)],
     )

@@ -51,16 +51,23 @@ void print_roof(const RoofSamples& roof) {
 void print_case(const Measured& measured) {
   const Case& what = measured.what;
   const TypeInfo type = describe(what.type);
+  if (measured.gemm_s.values.empty()) {
+    std::printf("{\"record\":\"disturbed\",\"type\":%s,\"shape\":%s,\"part\":%s,\"m\":%d}\n", quoted(type.name).c_str(),
+                quoted(what.matrix.shape).c_str(), quoted(what.matrix.part_name()).c_str(), what.m);
+    return;
+  }
   const double seconds = measured.gemm_s.median();
   std::printf(
       "{\"record\":\"gemm\",\"type\":%s,\"shape\":%s,\"part\":%s,\"n\":%lld,\"k\":%lld,\"m\":%d,\"copies\":%d,"
+      "\"disturbed\":%d,"
       "\"weight_bytes\":%zu,\"gemm_s\":%.5g,\"gemm_s_low\":%.5g,\"gemm_s_high\":%.5g,\"call_s\":%.5g,"
       "\"bytes_per_s\":%.5g,\"ops_per_s\":%.5g,\"dram_share\":%.4f,\"roof\":%s,\"roof_share\":%.4f}\n",
       quoted(type.name).c_str(), quoted(what.matrix.shape).c_str(), quoted(what.matrix.part_name()).c_str(),
       static_cast<long long>(what.matrix.rows), static_cast<long long>(what.matrix.columns), what.m,
-      measured.num_copies, what.matrix_bytes(), seconds, measured.gemm_s.low(), measured.gemm_s.high(),
-      measured.call_s.median(), static_cast<double>(what.matrix_bytes()) / seconds, what.operations() / seconds,
-      measured.dram_share.median(), quoted(kRoofNames[type.roof]).c_str(), measured.roof_share.median());
+      measured.num_copies, measured.num_disturbed, what.matrix_bytes(), seconds, measured.gemm_s.low(),
+      measured.gemm_s.high(), measured.call_s.median(), static_cast<double>(what.matrix_bytes()) / seconds,
+      what.operations() / seconds, measured.dram_share.median(), quoted(kRoofNames[type.roof]).c_str(),
+      measured.roof_share.median());
 }
 
 }  // namespace llmserve::bench

@@ -29,6 +29,7 @@ struct RoofSamples {
 struct Measured {
   Case what;
   int num_copies;
+  int num_disturbed;  // rounds that do not count, because a neighbour disturbed each attempt
   Samples gemm_s, call_s, dram_share, roof_share;
 };
 

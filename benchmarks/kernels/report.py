@@ -18,9 +18,11 @@ def text(result: Kernels) -> str:
     if result.versus:
         lines += ["", *_versus(result.versus)]
     run, host = result.run, result.host
+    lost = sum(one.disturbed for one in result.gemms) + run.rounds * len(result.disturbed)
+    disturbed = lost / max(1, run.rounds * (len(result.gemms) + len(result.disturbed)))
     lines += ["", f"{run.cpu} (family/model {host.cpu_family_model}), {run.isa}, {run.threads} threads, medians of "
-              f"{run.rounds} rounds; other processes kept {result.others_cores:.2f} cores busy. {host.date[:10]}, "
-              f"commit `{host.commit}`."]  # fmt: skip
+              f"{run.rounds} rounds; other processes kept {result.others_cores:.2f} cores busy and disturbed "
+              f"{disturbed:.0%} of the measurements. {host.date[:10]}, commit `{host.commit}`."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ namespace llmserve::bench {
 namespace {
 
 constexpr int64_t kTrialTimes = 2000;
-constexpr double kLoopSeconds = 0.003;
+constexpr double kLoopSeconds = 0.002;
 
 struct Job {
   const RoofTable* table;

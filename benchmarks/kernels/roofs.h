@@ -34,7 +34,7 @@ struct RoofTable {
 // The loops of the instructions that the kernels of this level use: "scalar", "avx2" or "avx512".
 RoofTable choose_roofs(const std::string& isa);
 
-// Operations per second of all workers together; 0 when the table has no such loop. Takes about three milliseconds.
+// Operations per second of all workers together; 0 when the table has no such loop. Takes about two milliseconds.
 double measure_loop(const RoofTable& table, Roof roof, ThreadPool& pool, const uint8_t* operands);
 // Bytes per second of all workers together, each with a part of its own.
 double measure_read(const RoofTable& table, ThreadPool& pool, const uint8_t* data, size_t num_bytes);

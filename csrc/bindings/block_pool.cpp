@@ -102,6 +102,7 @@ void bind_sequences(py::class_<BlockPool, std::shared_ptr<BlockPool>>& pool) {
       .def("fork", &BlockPool::fork, py::arg("handle"), py::arg("num_tokens"))
       .def("truncate", &BlockPool::truncate, py::arg("handle"), py::arg("num_tokens"))
       .def("release", &BlockPool::release, py::arg("handle"))
+      .def("discard", &BlockPool::discard, py::arg("handle"))
       .def("table", &BlockPool::table, py::arg("handle"));
 }
 

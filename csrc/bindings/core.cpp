@@ -1,5 +1,6 @@
 // Binds TensorView, ProgressCell, StepLease and Philox.
 #include "bindings/bindings.h"
+#include "core/memory.h"
 #include "core/philox.h"
 #include "core/progress.h"
 #include "core/step_lease.h"
@@ -34,6 +35,10 @@ void bind_core(py::module_& module) {
   py::class_<BoundTensor>(module, "TensorView", "A checkpoint tensor, checked once; keeps its bytes alive.")
       .def(py::init(&make_tensor), py::arg("data"), py::arg("dtype"), py::arg("rows"), py::arg("columns"),
            py::arg("name"))
+      .def("prefetch",
+           [](const BoundTensor& t) {
+             prefetch_bytes(t.view.data, static_cast<size_t>(t.view.row(t.view.rows) - t.view.row(0)));
+           })
       .def_property_readonly("rows", [](const BoundTensor& t) { return t.view.rows; })
       .def_property_readonly("columns", [](const BoundTensor& t) { return t.view.columns; })
       .def_property_readonly("dtype", [](const BoundTensor& t) { return dtype_name(t.view.dtype); });

@@ -2,6 +2,9 @@
 #include "bindings/bindings.h"
 #include "cpu/program.h"
 
+#include <cerrno>
+#include <system_error>
+
 namespace llmserve {
 
 namespace {
@@ -30,7 +33,8 @@ Elementwise parse_elementwise(const std::string& name) {
   if (name == "act") return Elementwise::kActivate;
   if (name == "gated") return Elementwise::kGated;
   if (name == "forms") return Elementwise::kForms;
-  throw std::invalid_argument("op: '" + name + "' is not one of add, scale, act, gated, forms");
+  if (name == "permute") return Elementwise::kPermute;
+  throw std::invalid_argument("op: '" + name + "' is not one of add, scale, act, gated, forms, permute");
 }
 
 Rows parse_rows(const std::string& name) {
@@ -83,7 +87,7 @@ void add_gather(Program& program, const Value& in, const Value& out) {
 }
 
 void add_elementwise(Program& program, const std::string& op, const Value& x, const Value* y, const Value& out,
-                     const std::string& activation, float by) {
+                     const std::string& activation, float by, const py::object& order) {
   auto node = std::make_unique<ElementwiseNode>();
   node->op = parse_elementwise(op);
   node->x = x;
@@ -91,6 +95,11 @@ void add_elementwise(Program& program, const std::string& op, const Value& x, co
   node->out = out;
   node->activation = parse_activation(activation);
   node->by = by;
+  node->order = to_vector<int32_t>(order);
+  if (node->op == Elementwise::kPermute && static_cast<int64_t>(node->order.size()) != out.columns)
+    throw std::invalid_argument("order: one entry per column expected");
+  for (const int32_t column : node->order)
+    if (column < 0 || column >= x.columns) throw std::invalid_argument("order: a column is out of range");
   program.add_node(std::move(node));
 }
 
@@ -119,10 +128,11 @@ std::unique_ptr<GemmNode> make_gemm(const PackedMatrix& matrix, const Value& in,
 
 void add_gemm(Program& program, const PackedMatrix& matrix, const Value& in, const Value* out,
               const Array<int32_t>& items, bool exact, const py::object& bias, const Value* residual,
-              const std::string& activation, float factor, float softcap) {
+              const std::string& activation, float factor, float softcap, const Value* maxima) {
   auto node = make_gemm(matrix, in, out, items, exact);
   node->bias = to_vector<float>(bias);
   node->residual = residual;
+  node->maxima = maxima;
   node->activation = parse_activation(activation);
   node->factor = factor;
   node->softcap = softcap;
@@ -231,6 +241,16 @@ py::array_t<float> read_value(const Program& program, const Value& value, int64_
   return out;
 }
 
+// What the system refused becomes an OSError with its number.
+void translate_system_error(std::exception_ptr thrown) {
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+  }
+}
+
 void bind_builders(py::class_<Program>& program) {
   constexpr auto reference = py::return_value_policy::reference_internal;
   program.def("reserve_arena", &Program::reserve_arena, py::arg("num_bytes"))
@@ -244,6 +264,13 @@ void bind_builders(py::class_<Program>& program) {
       .def("add_matrix", &add_matrix, py::arg("packed_type"), py::arg("tensors"), py::arg("sources"), reference,
            py::keep_alive<1, 3>())
       .def("pack", &Program::pack, py::arg("matrix"), py::call_guard<py::gil_scoped_release>())
+      .def("prefetch", &Program::prefetch, py::arg("matrix"), py::kw_only(), py::arg("sample"))
+      .def("write", &Program::write, py::arg("matrix"), py::arg("descriptor"), py::arg("offset"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("map_weights", &Program::map_weights, py::arg("descriptor"), py::arg("offset"))
+      .def("checksum", py::overload_cast<const PackedMatrix&>(&Program::checksum_of), py::arg("matrix"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("checksum_sample", &Program::checksum_of_sample, py::arg("matrix"), py::call_guard<py::gil_scoped_release>())
       .def(
           "add_rope",
           [](Program& self, const py::object& cosine, const py::object& sine, int rotary_dim, bool interleaved) {
@@ -258,28 +285,33 @@ void bind_builders(py::class_<Program>& program) {
            py::arg("eps"))
       .def("add_gather", &add_gather, py::arg("x"), py::arg("out"))
       .def("add_elementwise", &add_elementwise, py::arg("op"), py::arg("x"), py::arg("y"), py::arg("out"),
-           py::arg("activation") = "silu", py::arg("by") = 1.0f)
+           py::arg("activation") = "silu", py::arg("by") = 1.0f, py::arg("order") = py::none())
       .def("add_gemm", &add_gemm, py::arg("matrix"), py::arg("x"), py::arg("out"), py::arg("items"), py::arg("exact"),
            py::arg("bias") = py::none(), py::arg("residual") = nullptr, py::arg("activation") = "silu",
-           py::arg("factor") = 1.0f, py::arg("softcap") = 0.0f)
+           py::arg("factor") = 1.0f, py::arg("softcap") = 0.0f, py::arg("maxima") = nullptr)
       .def("add_heads", &add_heads, py::arg("matrix"), py::arg("x"), py::arg("out"), py::arg("items"), py::arg("exact"),
            py::arg("bias"), py::arg("rope"), py::arg("query_norm"), py::arg("key_norm"), py::arg("norm_eps"),
            py::arg("head_dim"), py::arg("layer"))
       .def("add_attention", &add_attention, py::arg("q"), py::arg("out"), py::arg("heads"), py::arg("kv_heads"),
            py::arg("head_dim"), py::arg("window"), py::arg("layer"), py::arg("scale"))
-      .def("add_sample", [](Program& self, const Value& logits) {
-        auto node = std::make_unique<SampleNode>();
-        node->logits = logits;
-        self.add_node(std::move(node));
-      });
+      .def(
+          "add_sample",
+          [](Program& self, const Value& logits, const Value* maxima) {
+            auto node = std::make_unique<SampleNode>();
+            node->logits = logits;
+            node->maxima = maxima;
+            self.add_node(std::move(node));
+          },
+          py::arg("logits"), py::arg("maxima") = nullptr);
 }
 
 }  // namespace
 
 void bind_program(py::module_& module) {
+  py::register_local_exception_translator(translate_system_error);
   py::class_<Value>(module, "Value", "An activation in a program's arena.");
   py::class_<PackedMatrix>(module, "PackedMatrix", "A weight in the packed layout.")
-      .def_property_readonly("num_bytes", [](const PackedMatrix& m) { return m.bytes_per_tile() * m.sources.size(); });
+      .def_property_readonly("num_bytes", &PackedMatrix::num_bytes);
   py::class_<RopeTable>(module, "RopeTable", "Rotary tables of a program.");
 
   py::class_<Program> program(module, "Program", "A compiled network; `run` is one call per step.");
@@ -322,6 +354,7 @@ void bind_program(py::module_& module) {
         return tile_bytes(parse_packed(type), columns) * static_cast<size_t>(num_tiles);
       },
       py::arg("packed_type"), py::arg("columns"), py::arg("num_tiles"), "Bytes of a packed matrix.");
+  module.attr("LAYOUT_VERSION") = kLayoutVersion;
   module.def("kv_block_bytes", &KvCache::bytes_per_block, py::arg("num_layers"), py::arg("kv_heads"),
              py::arg("head_dim"), py::arg("int8"), "Bytes of one KV block over all layers.");
   module.def(

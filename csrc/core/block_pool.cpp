@@ -132,6 +132,11 @@ void BlockPool::release(int64_t handle) {
   tables_.erase(handle);
 }
 
+void BlockPool::discard(int64_t handle) {
+  for (const int32_t block : find(handle).blocks) forget(block);
+  release(handle);
+}
+
 const std::vector<int32_t>& BlockPool::table(int64_t handle) const { return find(handle).blocks; }
 
 void BlockPool::reset_cache() {

@@ -85,6 +85,8 @@ class BlockPool {
   // Throws when it cuts into a block that another sequence holds: it would be written.
   void truncate(int64_t handle, int64_t num_tokens);
   void release(int64_t handle);
+  // Like `release`, and nobody finds the blocks of the table any more: what they hold is wrong.
+  void discard(int64_t handle);
   const std::vector<int32_t>& table(int64_t handle) const;
   // Forgets all contents. Tables that exist commit nothing more: what they hold is what had to be forgotten.
   void reset_cache();

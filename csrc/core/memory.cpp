@@ -2,13 +2,23 @@
 
 #include <sys/mman.h>
 
+#include <cerrno>
 #include <new>
+#include <stdexcept>
+#include <system_error>
 #include <utility>
 
 namespace llmserve {
 
 namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
+}
+
+void prefetch_bytes(const void* data, size_t num_bytes) {
+  constexpr uintptr_t kPage = 4096;
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = address / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), address + num_bytes - first, MADV_WILLNEED);
 }
 
 Mapping::Mapping(size_t num_bytes, bool huge) {
@@ -22,6 +32,18 @@ Mapping::Mapping(size_t num_bytes, bool huge) {
   const auto address = reinterpret_cast<uintptr_t>(base_);
   data_ = reinterpret_cast<uint8_t*>((address + kHugePage - 1) / kHugePage * kHugePage);
   if (huge) madvise(data_, size_, MADV_HUGEPAGE);
+}
+
+Mapping Mapping::of_file(int descriptor, size_t offset, size_t num_bytes) {
+  if (offset % kHugePage != 0) throw std::invalid_argument("offset: must be a multiple of 2 MiB");
+  Mapping mapping(num_bytes, false);  // an aligned place; the file's pages replace its own
+  if (mmap(mapping.data_, num_bytes, PROT_READ, MAP_SHARED | MAP_FIXED, descriptor, static_cast<off_t>(offset)) ==
+      MAP_FAILED)
+    throw std::system_error(errno, std::generic_category(), "mmap");
+  // Order matters: the first has readahead fill 2 MiB pages, the second starts it.
+  madvise(mapping.data_, num_bytes, MADV_HUGEPAGE);
+  madvise(mapping.data_, num_bytes, MADV_WILLNEED);
+  return mapping;
 }
 
 Mapping::~Mapping() { release(); }

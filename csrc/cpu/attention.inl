@@ -112,7 +112,7 @@ static void softmax_row(float* scores, uint16_t* p, int count, int first, int la
 }
 
 static void merge_row(const AttentionScratch& s, int row, int head_dim) {
-  if (s.tile_m[row] == -__builtin_inff()) return;
+  if (s.tile_l[row] == 0.0f) return;  // masked from end to end; with scores that are NaN the sum is NaN
   const float m = s.tile_m[row] > s.m[row] ? s.tile_m[row] : s.m[row];
   const float keep = exp2_poly(s.m[row] - m), take = exp2_poly(s.tile_m[row] - m);
   float* o = s.o + static_cast<int64_t>(row) * head_dim;

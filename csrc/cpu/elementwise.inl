@@ -75,8 +75,8 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
   }
 }
 
-// The group's codes by the rule of GroupMeta: the scale is that of the largest value outside the step of the high parts.
-// A group with a value that is not finite becomes NaN as a whole.
+// The group's codes by the rule of GroupMeta: the scale is that of the largest value outside the step of the high
+// parts. A group with a value that is not finite becomes NaN as a whole.
 static void quantize_group(const float* x, int8_t* codes, GroupMeta* meta) {
   constexpr int kSteps = kGroup / 4;
   float magnitudes[kSteps], first = 0.0f, second = 0.0f;
@@ -145,14 +145,15 @@ static RowMeta quantize_i8(const float* x, int8_t* codes, int64_t n) {
 
 static float quantize_head(const float* x, int8_t* codes, int64_t n) {
   float largest = 0.0f;
+  int num_nans = 0;
   for (int64_t i = 0; i < n; ++i) largest = __builtin_fabsf(x[i]) > largest ? __builtin_fabsf(x[i]) : largest;
-  const bool usable = largest > 1e-30f && largest < 1e38f;
+  for (int64_t i = 0; i < n; ++i) num_nans += x[i] != x[i] ? 1 : 0;
+  const bool finite = num_nans == 0 && largest < 1e38f;
+  const bool usable = finite && largest > 1e-30f;
   const float inverse = usable ? 127.0f / largest : 0.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    const bool kept = usable && x[i] == x[i];  // a NaN has no code
-    codes[i] = static_cast<int8_t>(static_cast<int32_t>(round_even(kept ? x[i] * inverse : 0.0f)));
-  }
-  return usable ? largest / 127.0f : 0.0f;
+  for (int64_t i = 0; i < n; ++i)
+    codes[i] = static_cast<int8_t>(static_cast<int32_t>(round_even(usable ? x[i] * inverse : 0.0f)));
+  return usable ? largest / 127.0f : finite ? 0.0f : __builtin_nanf("");
 }
 
 static void round_bf16(const float* x, uint16_t* out, int64_t n) {
@@ -183,7 +184,7 @@ static inline float gelu_tanh(float x) {
   const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x);
   return x * (1.0f - 1.0f / (1.0f + exp_poly(2.0f * inner)));
 }
-static inline float relu2(float x) { return x > 0.0f ? x * x : 0.0f; }
+static inline float relu2(float x) { return x <= 0.0f ? 0.0f : x * x; }  // a NaN stays one
 
 static void activate(Activation kind, const float* x, float* out, int64_t n) {
   switch (kind) {
@@ -225,11 +226,21 @@ static void scale(const float* x, float by, float* out, int64_t n) {
 
 static float maximum(const float* x, int64_t n) {
   float lanes[kLanes];
+  int32_t nans[kLanes] = {};
   for (int j = 0; j < kLanes; ++j) lanes[j] = -__builtin_inff();
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-  for (; i < n; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+      nans[j] |= x[i + j] != x[i + j] ? 1 : 0;
+    }
+  }
+  for (; i < n; ++i) {
+    lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    nans[0] |= x[i] != x[i] ? 1 : 0;
+  }
+  for (int j = 0; j < kLanes; ++j)
+    if (nans[j] != 0) return __builtin_nanf("");
   float largest = lanes[0];
   for (int j = 1; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
   return largest;

@@ -3,8 +3,8 @@
 //
 // Few rows: codes are unpacked in registers while the tile streams by; four rows share that work, their float
 // accumulators of all 64 channels and the integer ones of 32 channels fill the registers. Many rows: the codes were
-// unpacked to bytes in L2, and six rows by 32 channels share the loads. Either way nothing is spilled and the arithmetic
-// of a row is the same.
+// unpacked to bytes in L2, and six rows by 32 channels share the loads. Either way nothing is spilled and the
+// arithmetic of a row is the same.
 #include <immintrin.h>
 
 #include "cpu/kernel_table.h"
@@ -118,7 +118,7 @@ template <PackedFormat F, int kRows, int kWidth>
 inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector,
                      __m512i (&sums)[kRows][kWidth]) {
   const int8_t* x = rows.x + group * kGroup;
-  const auto add = [&](int step, const __m512i (&lines)[kWidth]) {
+  const auto add = [&](int step, const __m512i(&lines)[kWidth]) {
     for (int r = 0; r < kRows; ++r) {
       const __m512i four = broadcast4(x + r * rows.x_stride + step * 4);
       for (int v = 0; v < kWidth; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], lines[v], four);
@@ -158,9 +158,9 @@ inline void add_scaled(const Rows& rows, int64_t group, int part, const uint8_t*
   const uint8_t* scales = tables + static_cast<size_t>(part) * kTableBytes;
   for (int v = 0; v < kWidth; ++v) {
     const __m512 scale = load_f16(scales + (vector + v) * 32);
-    const __m512 minimum = F.minimum
-                               ? load_f16(scales + static_cast<size_t>(block_parts(F)) * kTableBytes + (vector + v) * 32)
-                               : _mm512_setzero_ps();
+    const __m512 minimum =
+        F.minimum ? load_f16(scales + static_cast<size_t>(block_parts(F)) * kTableBytes + (vector + v) * 32)
+                  : _mm512_setzero_ps();
     for (int r = 0; r < kRows; ++r) {
       const GroupMeta& meta = rows.at(r, group);
       const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(meta.scale));

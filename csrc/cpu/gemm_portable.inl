@@ -173,7 +173,8 @@ static void gemm_bf16(const TileArgs& args) {
 
 static void gemm_f32(const TileArgs& args) {
   const int64_t first = args.first_group * kGroup;
-  const int64_t left = args.x.columns - first, count = args.num_groups * kGroup < left ? args.num_groups * kGroup : left;
+  const int64_t left = args.x.columns - first,
+                count = args.num_groups * kGroup < left ? args.num_groups * kGroup : left;
   for (int row = 0; row < args.rows; ++row) {
     const float* x = args.x.f32 + row * args.x.columns + first;
     const float* w = reinterpret_cast<const float*>(args.weights);

@@ -11,8 +11,9 @@
 
 namespace llmserve {
 
-// One tile of 64 channels times `rows` rows: out[row * out_stride + channel], over the code groups from `first_group` on
-// (float32 kernels: over k from `first_group * kGroup` on). What `out` holds is continued where that is not the first.
+// One tile of 64 channels times `rows` rows: out[row * out_stride + channel], over the code groups from `first_group`
+// on (float32 kernels: over k from `first_group * kGroup` on). What `out` holds is continued where that is not the
+// first.
 struct TileArgs {
   const uint8_t* weights = nullptr;  // packed or unpacked, at `first_group`
   Activations x;                     // pointers at the first row and column 0
@@ -75,13 +76,14 @@ struct KernelTable {
   void (*dequantize_tile)(PackedType type, const uint8_t* groups, int64_t num_groups, float* out);
 
   void (*attention)(const AttentionArgs&);
-  // One head of one token as int8 codes; returns their scale.
+  // One head of one token as int8 codes; returns their scale, NaN when a value is not finite.
   float (*quantize_head)(const float* x, int8_t* codes, int64_t n);
 
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t n, float eps);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* out, int64_t n, float eps);
-  void (*quantize_q8)(const float* x, int8_t* codes, GroupMeta* meta, int64_t n);  // n a multiple of 32
-  RowMeta (*quantize_i8)(const float* x, int8_t* codes, int64_t n);                // codes to a multiple of 64
+  // n a multiple of 32. The scale of a group that holds a value past 1e38 or a NaN is NaN.
+  void (*quantize_q8)(const float* x, int8_t* codes, GroupMeta* meta, int64_t n);
+  RowMeta (*quantize_i8)(const float* x, int8_t* codes, int64_t n);  // codes to a multiple of 64, as above
   void (*round_bf16)(const float* x, uint16_t* out, int64_t n);
   void (*head)(const HeadRow&);
   void (*activate)(Activation kind, const float* x, float* out, int64_t n);
@@ -90,7 +92,7 @@ struct KernelTable {
   void (*scale)(const float* x, float by, float* out, int64_t n);
   void (*dequantize)(DType type, const uint8_t* row, float* out, int64_t n);
 
-  float (*maximum)(const float* x, int64_t n);
+  float (*maximum)(const float* x, int64_t n);  // NaN when a value is
   // w[i] = exp((x[i] - maximum) * inverse_temperature); sums[i / 256] = their float64 sums by 256.
   void (*exp_weights)(const float* x, float maximum, float inverse_temperature, float* w, double* sums, int64_t n);
 };
@@ -105,6 +107,7 @@ void fill(KernelTable& table);
 #ifdef LLMSERVE_X86
 namespace avx2 {
 void fill(KernelTable& table);
+void fill_gemm_int8(KernelTable& table);  // the entries of quantized weights; a part of `fill`
 }
 namespace avx512 {
 void fill(KernelTable& table);

@@ -1,4 +1,4 @@
-// The AVX2 table, vectorized by the compiler.
+// The AVX2 table, vectorized by the compiler where no file of its own has the kernel.
 #include <immintrin.h>
 
 #include "cpu/kernel_table.h"
@@ -13,6 +13,7 @@ void fill(KernelTable& table) {
   table.name = "avx2";
   fill_elementwise(table);
   fill_gemm(table);
+  fill_gemm_int8(table);
   table.attention = attention;
 }
 

@@ -12,6 +12,75 @@ namespace llmserve::avx512 {
 
 namespace {
 
+constexpr int kVectors = 4;  // zmm of 16 channels in a tile
+
+// kRows rows times 32 channels of float32 weights [k][64].
+template <int kRows>
+void f32_rows(const TileArgs& args, int row) {
+  constexpr int kWidth = 2;
+  const int64_t first = args.first_group * kGroup, left = args.x.columns - first;
+  const int64_t count = args.num_groups * kGroup < left ? args.num_groups * kGroup : left;
+  const float* x = args.x.f32 + row * args.x.columns + first;
+  for (int vector = 0; vector < kVectors; vector += kWidth) {
+    float* out = args.out + row * args.out_stride + vector * 16;
+    const float* w = reinterpret_cast<const float*>(args.weights) + vector * 16;
+    __m512 acc[kRows][kWidth];
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kWidth; ++v)
+        acc[r][v] = first == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(out + r * args.out_stride + v * 16);
+    for (int64_t k = 0; k < count; ++k, w += kTile) {
+      __m512 weights[kWidth];
+      for (int v = 0; v < kWidth; ++v) weights[v] = _mm512_loadu_ps(w + v * 16);
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 value = _mm512_set1_ps(x[r * args.x.columns + k]);
+        for (int v = 0; v < kWidth; ++v) acc[r][v] = _mm512_fmadd_ps(weights[v], value, acc[r][v]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kWidth; ++v) _mm512_storeu_ps(out + r * args.out_stride + v * 16, acc[r][v]);
+  }
+}
+
+void gemm_f32_avx512(const TileArgs& args) {
+  int row = 0;
+  for (; row + 6 <= args.rows; row += 6) f32_rows<6>(args, row);
+  for (; row + 2 <= args.rows; row += 2) f32_rows<2>(args, row);
+  if (row < args.rows) f32_rows<1>(args, row);
+}
+
+inline __m512 load_f16(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// The same values as dequantize_tile, 16 channels x 4 k at a time.
+void dequantize_tile_avx512(PackedType type, const uint8_t* block, int64_t num_groups, float* out) {
+  const PackedFormat format = packed_format(type);
+  const __m512 zero = _mm512_set1_ps(static_cast<float>(zero_point(format)));
+  const int parts = block_parts(format);
+  alignas(64) uint8_t codes[kByteBytes];
+  for (int64_t group = 0; group < num_groups; group += block_groups(format), block += packed_block_bytes(format)) {
+    const uint8_t* tables = block + static_cast<size_t>(block_groups(format)) * codes_bytes(format.bits);
+    for (int i = 0; i < block_groups(format); ++i) {
+      unpack_codes(format, block + static_cast<size_t>(i) * codes_bytes(format.bits), codes);
+      for (int step = 0; step < kGroup / 4; ++step, out += 4 * kTile) {
+        const uint8_t* scales = tables + static_cast<size_t>(step * parts * 4 / kGroup) * kTableBytes;
+        for (int v = 0; v < kVectors; ++v) {
+          const __m512i four = _mm512_load_si512(codes + step * kTile * 4 + v * 64);
+          const __m512 scale = load_f16(scales + v * 32);
+          for (int k = 0; k < 4; ++k) {
+            const __m512i bytes =
+                _mm512_and_si512(_mm512_srl_epi32(four, _mm_cvtsi32_si128(8 * k)), _mm512_set1_epi32(255));
+            __m512 value = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(bytes), zero), scale);
+            if (format.minimum)
+              value = _mm512_add_ps(value, load_f16(scales + static_cast<size_t>(parts) * kTableBytes + v * 32));
+            _mm512_storeu_ps(out + k * kTile + v * 16, value);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Of each run of four lanes, in all of them.
 inline __m512 largest_of_four(__m512 x) {
   const __m512 pairs = _mm512_max_ps(x, _mm512_permute_ps(x, 0xB1));
@@ -89,6 +158,8 @@ void fill(KernelTable& table) {
     table.gemm_unpacked[type] = avx2.gemm_unpacked[type];
   }
   table.quantize_q8 = quantize_q8_avx512;
+  fill_plain(table, PackedType::kF32, gemm_f32_avx512);
+  table.dequantize_tile = dequantize_tile_avx512;
   table.attention = attention;
 }
 

@@ -1,8 +1,8 @@
 // The packed weight layout "N64K4" and the activation layouts that its kernels read.
 //
-// A weight matrix [N, K] is cut into tiles of 64 output channels; a tile is one linear stream of blocks along K. A block
-// of a quantized format is the smallest number of code groups (32 k, that is 8 k4-steps) that its scales span, followed
-// by its tables:
+// A weight matrix [N, K] is cut into tiles of 64 output channels; a tile is one linear stream of blocks along K. A
+// block of a quantized format is the smallest number of code groups (32 k, that is 8 k4-steps) that its scales span,
+// followed by its tables:
 //
 //   codes, 8 bits   [step 0..7][channel 0..63][k 0..3]  u8     2048 bytes a group: four zmm of 16 channels x 4 k a step
 //          4 bits   [step 0..3][channel 0..63][k 0..3]  u8     1024 bytes: low nibbles = step s, high = step s + 4
@@ -18,8 +18,8 @@
 //   bf16   [k/2][channel 0..63][2]        bf16    256 bytes per k2-step
 //   f32    [k][channel 0..63]             f32     256 bytes per k
 //
-// A weight is scale * (code - zero_point) + minimum; formats with a codebook look the code up first. Channels and k past
-// the matrix are zero.
+// A weight is scale * (code - zero_point) + minimum; formats with a codebook look the code up first. Channels and k
+// past the matrix are zero.
 #pragma once
 
 #include <cstddef>
@@ -29,13 +29,14 @@
 
 namespace llmserve {
 
-constexpr int kLayoutVersion = 2;  // to be raised with every change of packed bytes
+// Part of the name of a kept image of packed weights: whatever changes packed bytes raises it.
+constexpr int kLayoutVersion = 2;
 
-constexpr int kTile = 64;         // output channels of a tile
-constexpr int kGroup = 32;        // k values of a code group, and of a group of activations
-constexpr int kRangeRows = 128;   // activation rows of one work item
-constexpr int kSlabGroups = 64;   // code groups of a tile that are unpacked at a time: 2048 k
-constexpr int kExactGroups = 4;   // the same as float32: 128 k
+constexpr int kTile = 64;        // output channels of a tile
+constexpr int kGroup = 32;       // k values of a code group, and of a group of activations
+constexpr int kRangeRows = 128;  // activation rows of one work item
+constexpr int kSlabGroups = 64;  // code groups of a tile that are unpacked at a time: 2048 k
+constexpr int kExactGroups = 4;  // the same as float32: 128 k
 constexpr size_t kTableBytes = kTile * sizeof(uint16_t);
 constexpr size_t kNibbleBytes = kTile * kGroup / 2;
 constexpr size_t kByteBytes = kTile * kGroup;
@@ -91,9 +92,9 @@ constexpr PackedFormat packed_format(PackedType type) {
   }
 }
 constexpr const char* packed_name(PackedType type) {
-  constexpr const char* kNames[kNumPackedTypes] = {"q4_0", "q4_1", "q4_g64", "q4_g64m", "q4_g128", "q4_g128m",
-                                                   "q4_nl", "q5_0", "q5_1", "q2_k", "q3_k", "q6_k",
-                                                   "q8_0", "i8", "bf16", "f32"};
+  constexpr const char* kNames[kNumPackedTypes] = {"q4_0",  "q4_1", "q4_g64", "q4_g64m", "q4_g128", "q4_g128m",
+                                                   "q4_nl", "q5_0", "q5_1",   "q2_k",    "q3_k",    "q6_k",
+                                                   "q8_0",  "i8",   "bf16",   "f32"};
   return kNames[static_cast<size_t>(type)];
 }
 
@@ -160,8 +161,8 @@ struct GroupMeta {
   float scaled_second_sum;  // of steps 4..7
 };
 static_assert(sizeof(GroupMeta) == 32);
-constexpr int kHighBits = 7;                  // of a code below its high part
-constexpr int kHighShift = 4;                 // what the stored high parts lack of them
+constexpr int kHighBits = 7;                 // of a code below its high part
+constexpr int kHighShift = 4;                // what the stored high parts lack of them
 constexpr float kLeastShare = 1.0f / 15.5f;  // of the largest magnitude that the scale's is
 
 // One row of activations quantized to int8 with one scale.

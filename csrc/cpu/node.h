@@ -85,15 +85,16 @@ class GatherNode : public Node {
   void run(const Step& step, int64_t item, const Worker& worker) const override;
 };
 
-enum class Elementwise : uint8_t { kAdd, kScale, kActivate, kGated, kForms };
+enum class Elementwise : uint8_t { kAdd, kScale, kActivate, kGated, kForms, kPermute };
 
-// out = x + y | x * by | act(x) | act(gate) * x | x in further forms.
+// out = x + y | x * by | act(x) | act(gate) * x | x in further forms | x[order].
 class ElementwiseNode : public Node {
  public:
   Elementwise op = Elementwise::kForms;
   Activation activation = Activation::kSilu;
   Value x, y, out;  // y: the second addend, or the gate
   float by = 1.0f;
+  std::vector<int32_t> order;  // of the columns
 
   const char* kind() const override { return "elementwise"; }
   int64_t num_items(const Step& step) const override { return num_rows(step, out.rows); }
@@ -128,6 +129,7 @@ class GemmNode : public Node {
   std::vector<GemmItem> items;
   std::vector<float> bias;  // [num_tiles * 64], empty: none
   const Value* residual = nullptr;
+  const Value* maxima = nullptr;  // [rows, tiles]: the largest output of each tile, of plain items
   Activation activation = Activation::kSilu;
   float factor = 1.0f;   // of the logits
   float softcap = 0.0f;  // of the logits, 0: none
@@ -170,6 +172,7 @@ class AttentionNode : public Node {
 class SampleNode : public Node {
  public:
   Value logits;
+  const Value* maxima = nullptr;  // of each 64 logits, where the head wrote them
 
   const char* kind() const override { return "sample"; }
   int64_t num_items(const Step& step) const override { return step.num_rows; }

@@ -84,6 +84,9 @@ void ElementwiseNode::run(const Step&, int64_t item, const Worker& worker) const
     case Elementwise::kScale: kernels.scale(a, by, row, out.columns); break;
     case Elementwise::kActivate: kernels.activate(activation, a, row, out.columns); break;
     case Elementwise::kGated: kernels.gated(activation, y.at(item).f32, a, row, out.columns); break;
+    case Elementwise::kPermute:
+      for (size_t i = 0; i < order.size(); ++i) row[i] = a[order[i]];
+      break;
     case Elementwise::kForms: write_forms(kernels, out, item, 0, a, out.columns); return;
   }
   write_forms(kernels, out, item, 0, row, out.columns);
@@ -134,7 +137,9 @@ void SampleNode::check(const StepArrays& arrays) const {
 }
 
 void SampleNode::run(const Step& step, int64_t item, const Worker& worker) const {
-  sample_row(*worker.kernels, step, static_cast<int>(item), logits.at(item).f32, logits.columns, worker.scratch);
+  const float* tiles = maxima == nullptr ? nullptr : maxima->at(item).f32;
+  sample_row(*worker.kernels, step, static_cast<int>(item), {logits.at(item).f32, logits.columns, tiles},
+             worker.scratch);
 }
 
 }  // namespace llmserve

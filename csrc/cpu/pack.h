@@ -29,6 +29,7 @@ struct PackedMatrix {
 
   int num_tiles() const { return static_cast<int>(sources.size()); }
   size_t bytes_per_tile() const { return tile_bytes(type, columns); }
+  size_t num_bytes() const { return bytes_per_tile() * sources.size(); }
   const uint8_t* tile(int index) const { return data + static_cast<size_t>(index) * bytes_per_tile(); }
 
   // Throws std::invalid_argument where sources, shapes and types do not fit together.

@@ -13,18 +13,6 @@ double seconds_now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-struct PackJob {
-  const PackedMatrix* matrix;
-  const KernelTable* kernels;
-  std::atomic<int> next{0};
-};
-
-void pack_worker(void* context, int) {
-  auto* job = static_cast<PackJob*>(context);
-  for (int tile = job->next.fetch_add(1); tile < job->matrix->num_tiles(); tile = job->next.fetch_add(1))
-    job->matrix->pack_tile(tile, *job->kernels);
-}
-
 }  // namespace
 
 Program::Program(const std::string& isa, int num_threads, const ProgramLimits& limits)
@@ -45,23 +33,6 @@ const Value* Program::add_value(Rows rows, int64_t columns, unsigned forms, size
     throw std::invalid_argument("offset: outside the arena");
   values_.push_back(std::make_unique<Value>(place_value(arena_.data() + offset, rows, max_rows(rows), columns, forms)));
   return values_.back().get();
-}
-
-void Program::reserve_weights(size_t num_bytes) { weights_ = Mapping(num_bytes, true); }
-
-const PackedMatrix* Program::add_matrix(PackedMatrix matrix) {
-  matrix.check();
-  const size_t num_bytes = matrix.bytes_per_tile() * matrix.sources.size();
-  if (weights_used_ + num_bytes > weights_.size()) throw std::invalid_argument("matrix: the weight arena is too small");
-  matrix.data = weights_.data() + weights_used_;
-  weights_used_ += num_bytes;
-  matrices_.push_back(std::make_unique<PackedMatrix>(std::move(matrix)));
-  return matrices_.back().get();
-}
-
-void Program::pack(const PackedMatrix& matrix) {
-  PackJob job{&matrix, &kernels_};
-  pool_.run(pack_worker, &job);
 }
 
 const RopeTable* Program::add_rope(RopeTable table) {

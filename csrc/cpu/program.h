@@ -44,10 +44,20 @@ class Program {
   const Value* add_value(Rows rows, int64_t columns, unsigned forms, size_t offset);
   int64_t max_rows(Rows rows) const { return rows == Rows::kTokens ? limits_.max_num_tokens : limits_.max_logit_rows; }
 
-  // Weights: reserve all bytes, add matrices, then pack each (in parallel).
+  // Weights: reserve all bytes, add matrices, then pack each where it lies; or have them lie in a file (weights.cpp).
+  // All of these work in parallel. Throws std::bad_alloc, std::system_error.
   void reserve_weights(size_t num_bytes);
   const PackedMatrix* add_matrix(PackedMatrix matrix);
   void pack(const PackedMatrix& matrix);
+  // Packs aside and writes at `offset` of a file; the checksum of what was written.
+  uint64_t write(const PackedMatrix& matrix, int descriptor, size_t offset);
+  // From now on the matrices lie in a file, one after the other from `offset` on.
+  void map_weights(int descriptor, size_t offset);
+  uint64_t checksum_of(const PackedMatrix& matrix);
+  // Has the system read, in the background, what packing a matrix or its sample is going to read from a mapped file.
+  void prefetch(const PackedMatrix& matrix, bool sample) const;
+  // The checksum of the first and the last tile, packed aside: what the whole would be like.
+  uint64_t checksum_of_sample(const PackedMatrix& matrix);
 
   const RopeTable* add_rope(RopeTable table);
   void add_node(std::unique_ptr<Node> node);
@@ -69,11 +79,14 @@ class Program {
   // Whether the work of a node is in vain. Worker 0 alone brings `progress`: it shows that it moves, and decides.
   bool leaves(size_t node, ProgressCell* progress);
   void check(const StepArrays& arrays) const;
+  uint64_t checksum_of(const uint8_t* data, size_t num_bytes);
+  void place_matrices();
+  PackedMatrix pack_aside(PackedMatrix matrix);
 
   KernelTable kernels_;
   ProgramLimits limits_;
   ThreadPool pool_;
-  Mapping arena_, weights_, scratch_;
+  Mapping arena_, weights_, scratch_, aside_;
   size_t weights_used_ = 0;
   size_t scratch_per_worker_ = 0;
   std::vector<std::unique_ptr<Value>> values_;

@@ -56,10 +56,12 @@ double total(const double* sums, int64_t vocab) {
   return sum;
 }
 
-int32_t first_maximum(const float* logits, int64_t vocab, float largest) {
-  for (int64_t i = 0; i < vocab; ++i)
-    if (logits[i] == largest) return static_cast<int32_t>(i);
-  return 0;  // all NaN
+int32_t first_maximum(const LogitRow& row, float largest) {
+  int64_t first = 0;
+  while (row.maxima != nullptr && row.maxima[first / kTile] != largest) first += kTile;
+  for (int64_t i = first; i < row.vocab; ++i)
+    if (row.logits[i] == largest) return static_cast<int32_t>(i);
+  return 0;  // not reached: one of them is the maximum
 }
 
 // No filter: find the chunk, then the token in it.
@@ -158,12 +160,12 @@ int32_t draw_filtered(const Scratch& s, int64_t vocab, const Step& step, int row
   return s.candidates[size - 1].id;
 }
 
-int32_t draw(const KernelTable& kernels, const Step& step, int row, const float* logits, int64_t vocab, float largest,
+int32_t draw(const KernelTable& kernels, const Step& step, int row, const LogitRow& logits, float largest,
              const Scratch& s) {
   const float temperature = step.temperature[row];
-  if (temperature <= 0.0f || step.top_k[row] == 1 || !std::isfinite(largest))
-    return first_maximum(logits, vocab, largest);
-  kernels.exp_weights(logits, largest, 1.0f / temperature, s.weights, s.sums, vocab);
+  const int64_t vocab = logits.vocab;
+  if (temperature <= 0.0f || step.top_k[row] == 1 || !std::isfinite(largest)) return first_maximum(logits, largest);
+  kernels.exp_weights(logits.logits, largest, 1.0f / temperature, s.weights, s.sums, vocab);
   const double uniform = philox_uniform(step.seed[row], static_cast<uint64_t>(step.sample_position[row]));
   const float typical_p = step.state(row) == nullptr ? 1.0f : step.state(row)->options().typical_p;
   const bool filtered = step.top_k[row] > 0 || step.top_p[row] < 1.0f || step.min_p[row] > 0.0f || typical_p < 1.0f;
@@ -183,14 +185,15 @@ const float* edited_row(const Step& step, int row, const float* logits, int64_t 
   return edited;
 }
 
-int32_t choose(const KernelTable& kernels, const Step& step, int row, const float* raw, int64_t vocab, float largest,
+int32_t choose(const KernelTable& kernels, const Step& step, int row, const LogitRow& raw, float largest,
                const Scratch& s) {
   if (step.targets[row] >= 0) return step.targets[row];
-  const float* logits = edited_row(step, row, raw, vocab, s.edited);
-  if (logits == raw) return draw(kernels, step, row, raw, vocab, largest, s);
-  largest = kernels.maximum(logits, vocab);
+  const float* logits = edited_row(step, row, raw.logits, raw.vocab, s.edited);
+  if (logits == raw.logits) return draw(kernels, step, row, raw, largest, s);
+  largest = kernels.maximum(logits, raw.vocab);
+  if (std::isnan(largest)) return kNotFinite;  // the parameters did it: an infinite bias on an infinite logit
   if (largest == -std::numeric_limits<float>::infinity()) return kNoToken;
-  return draw(kernels, step, row, logits, vocab, largest, s);
+  return draw(kernels, step, row, {logits, raw.vocab}, largest, s);
 }
 
 void write_top(const Step& step, int row, const float* logits, int64_t vocab, float normalizer, Candidate* heap) {
@@ -236,15 +239,15 @@ size_t sampler_scratch_bytes(int64_t vocab) {
          n * (sizeof(Candidate) + sizeof(Surprise)) + 64;
 }
 
-void sample_row(const KernelTable& kernels, const Step& step, int row, const float* logits, int64_t vocab,
-                uint8_t* scratch) {
-  const Scratch s = carve(scratch, vocab);
-  const float largest = kernels.maximum(logits, vocab);
-  step.out_token_ids[row] = choose(kernels, step, row, logits, vocab, largest, s);
+void sample_row(const KernelTable& kernels, const Step& step, int row, const LogitRow& logits, uint8_t* scratch) {
+  const Scratch s = carve(scratch, logits.vocab);
+  const float largest = logits.maxima == nullptr ? kernels.maximum(logits.logits, logits.vocab)
+                                                 : kernels.maximum(logits.maxima, (logits.vocab + kTile - 1) / kTile);
+  step.out_token_ids[row] = std::isfinite(largest) ? choose(kernels, step, row, logits, largest, s) : kNotFinite;
   step.out_logprobs[row] = std::numeric_limits<float>::quiet_NaN();
   step.out_ranks[row] = 0;
   if (step.num_logprobs[row] >= 0 && step.out_token_ids[row] >= 0)
-    write_logprobs(kernels, step, row, logits, vocab, largest, s);
+    write_logprobs(kernels, step, row, logits.logits, logits.vocab, largest, s);
 }
 
 }  // namespace llmserve

@@ -11,11 +11,19 @@ namespace llmserve {
 
 // Output of a row whose masks leave no token.
 constexpr int32_t kNoToken = -1;
+// Output of a row, sampled or scored, whose logits hold a NaN or have no finite maximum.
+constexpr int32_t kNotFinite = -2;
 
 // Bytes of scratch for a vocabulary.
 size_t sampler_scratch_bytes(int64_t vocab);
 
-void sample_row(const KernelTable& kernels, const Step& step, int row, const float* logits, int64_t vocab,
-                uint8_t* scratch);
+// One row of logits. `maxima`, where it is there, has the largest of each 64 of them: a greedy choice reads little more.
+struct LogitRow {
+  const float* logits;
+  int64_t vocab;
+  const float* maxima = nullptr;
+};
+
+void sample_row(const KernelTable& kernels, const Step& step, int row, const LogitRow& logits, uint8_t* scratch);
 
 }  // namespace llmserve

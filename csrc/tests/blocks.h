@@ -11,6 +11,9 @@ namespace llmserve::test {
 // Value `i` of a block, not rounded.
 double block_value(DType dtype, const uint8_t* block, int i);
 
+// What a code of the 4-bit codebook stands for.
+int codebook_value(int code);
+
 // Where a block keeps its float16 numbers; any other bytes are legal.
 std::vector<size_t> half_offsets(DType dtype);
 

@@ -1,6 +1,7 @@
 // Number formats by definition, in double: the tests' own, sharing nothing with the kernels.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -34,6 +35,15 @@ inline uint16_t nearest_bf16(float value) {
   const uint32_t rest = bits & 0xFFFF;
   if (rest != 0x8000) return rest < 0x8000 ? below : above;
   return below % 2 == 0 ? below : above;
+}
+
+// Nearest, ties to even; what is too large becomes the largest half.
+inline double nearest_half(double value) {
+  if (std::fabs(value) >= 65504.0) return std::copysign(65504.0, value);
+  int exponent;
+  std::frexp(value, &exponent);
+  const double unit = std::ldexp(1.0, std::max(exponent - 11, -24));
+  return std::nearbyint(value / unit) * unit;
 }
 
 constexpr double kEpsilon = 0x1p-24;    // half a unit in the last place of float, relative

@@ -233,6 +233,21 @@ TEST(attention_with_large_scores_picks_one_key) {
   }
 }
 
+// Also where they fill a whole tile of keys, whose largest score is then none.
+TEST(attention_to_what_is_not_a_number_is_not_a_number) {
+  for (const auto& [name, kernels] : tables())
+    for (const int num_poisoned : {1, 200, 256, 300}) {
+      Case made = random_case(random, 400, 32, 1, 0);
+      for (int token = 0; token < num_poisoned; ++token) {
+        uint16_t* block =
+            made.kv.data() + made.table[static_cast<size_t>(token / 16)] * made.block_stride + made.head_offset;
+        for (int d = 0; d < 32; ++d) block[d / 2 * 32 + token % 16 * 2 + d % 2] = 0x7FC0;
+      }
+      for (const int query : {num_poisoned, 399})
+        for (const float got : attend(made, kernels, query, 1, name)) CHECK(std::isnan(got), name, " ", num_poisoned);
+    }
+}
+
 TEST(attention_with_infinite_queries_does_not_crash) {
   for (const auto& [name, kernels] : tables()) {
     Case made = random_case(random, 20, 32, 2, 0);

@@ -1,4 +1,5 @@
 // Row kernels against double, and every table against the scalar one bit by bit.
+#include <algorithm>
 #include <vector>
 
 #include "tests/buffers.h"
@@ -107,78 +108,263 @@ TEST(elementwise_layer_norm) {
 
 namespace {
 
-// By the definition in layout.h: the largest value stays apart when it towers over the second largest one.
-void check_group(const float* x, const int8_t* codes, const GroupMeta& meta, const std::string& what) {
-  int at = 0, sum = 0;
-  for (int i = 1; i < 32; ++i)
-    if (std::fabs(x[i]) > std::fabs(x[at])) at = i;
-  float second = 0.0f;
-  for (int i = 0; i < 32; ++i)
-    if (i != at) second = std::max(second, std::fabs(x[i]));
-  const bool apart = std::fabs(x[at]) > kOutlierRatio * second;
-  const float largest = apart ? second : std::fabs(x[at]);
-  CHECK(meta.value == (apart ? x[at] : 0.0f), what, " value kept apart");
-  CHECK(!apart || (meta.outlier == at && codes[at] == 0), what, " place of the value kept apart");
-  CHECK(std::fabs(static_cast<double>(meta.scale) - largest / 127.0) <= kEpsilon * largest / 64.0, what, " scale");
-  for (int i = 0; i < 32; ++i) {
-    const double value = static_cast<double>(meta.scale) * codes[i] + (apart && i == at ? meta.value : 0.0f);
-    CHECK(std::fabs(value - static_cast<double>(x[i])) <= 0.5001 * meta.scale, what, " at ", i);
-    CHECK(codes[i] >= -127, what);
-    sum += codes[i];
-  }
-  CHECK(meta.sum == sum, what);
-  CHECK(meta.scaled_sum == meta.scale * static_cast<float>(sum) + meta.value, what);
+// An activation's whole code: the high parts are kept times 8 and count 128 each.
+int whole_code(const int8_t* codes, const GroupMeta& meta, int i) {
+  if (i / 4 != meta.high_step) return codes[i];
+  int8_t high[4];
+  std::memcpy(high, &meta.high, 4);
+  return codes[i] + 128 * (high[i % 4] / 8);
 }
+
+// What the rule in layout.h says of a group's eight steps.
+struct Steps {
+  int at = 0;  // the first of the largest
+  float first = 0.0f, second = 0.0f;
+  bool finite = true;
+
+  explicit Steps(const float* x) {
+    float largest[8] = {};
+    for (int i = 0; i < 32; ++i) {
+      finite = finite && std::fabs(x[i]) < 1e38f;
+      largest[i / 4] = std::max(largest[i / 4], std::fabs(x[i]));
+    }
+    for (int step = 0; step < 8; ++step)
+      if (largest[step] > largest[at]) at = step;
+    first = largest[at];
+    for (int step = 0; step < 8; ++step)
+      if (step != at) second = std::max(second, largest[step]);
+  }
+  bool has_codes() const { return finite && first > 1e-28f; }
+  float scale() const { return std::max(second, first * kLeastShare) / 127.0f; }
+};
+
+void check_sums(const int8_t* codes, const GroupMeta& meta, const std::string& what) {
+  int sums[2] = {};
+  for (int i = 0; i < 32; ++i) sums[i / 16] += whole_code(codes, meta, i);
+  CHECK(meta.negative_sum == -(sums[0] + sums[1]), what);
+  CHECK(meta.negative_first_sum == -sums[0], what);
+  if (std::isnan(meta.scale)) {
+    CHECK(std::isnan(meta.scaled_sum) && std::isnan(meta.scaled_first_sum) && std::isnan(meta.scaled_second_sum), what);
+    return;
+  }
+  CHECK(meta.scaled_sum == meta.scale * static_cast<float>(sums[0] + sums[1]), what);
+  CHECK(meta.scaled_first_sum == meta.scale * static_cast<float>(sums[0]), what);
+  CHECK(meta.scaled_second_sum == meta.scale * static_cast<float>(sums[1]), what);
+}
+
+void check_group(const float* x, const int8_t* codes, const GroupMeta& meta, const std::string& what) {
+  const Steps steps(x);
+  check_sums(codes, meta, what);
+  CHECK(meta.high_step >= 0 && meta.high_step < 8, what);
+  if (!steps.has_codes()) {
+    CHECK(steps.finite ? meta.scale == 0.0f : std::isnan(meta.scale), what, " scale ", meta.scale);
+    CHECK(meta.high == 0 && std::all_of(codes, codes + 32, [](int8_t code) { return code == 0; }), what);
+    return;
+  }
+  CHECK(meta.high_step == steps.at, what, " step ", meta.high_step, " for ", steps.at);
+  CHECK(meta.scale == steps.scale(), what, " scale ", meta.scale, " for ", steps.scale());
+  for (int i = 0; i < 32; ++i) {
+    const int code = whole_code(codes, meta, i);
+    // The inverse of the scale and the product with it round, and so does the scale itself.
+    const double bound = (0.5 + 4 * kEpsilon * std::abs(code)) * static_cast<double>(meta.scale);
+    const double error = std::fabs(static_cast<double>(meta.scale) * code - static_cast<double>(x[i]));
+    CHECK(error <= bound, what, " at ", i, ": ", x[i], " off by ", error, " of ", meta.scale);
+    const bool high = i / 4 == meta.high_step;
+    CHECK(codes[i] >= (high ? -64 : -127) && codes[i] <= (high ? 63 : 127), what, " code ", int{codes[i]}, " at ", i);
+  }
+}
+
+// Draws of what a group can be; the last are not finite.
+float group_value(Random& random, int kind, int i) {
+  constexpr float kFew[] = {-2.0f, -1.0f, 0.0f, 1.0f, 2.0f};
+  constexpr float kOdd[] = {INFINITY, -INFINITY, NAN, -NAN, 1e38f, -3.4e38f};
+  switch (kind) {
+    case 0: return 0.0f;
+    case 1: return random.pick(kFew);                                             // ties within and between steps
+    case 2: return random.normal() * (random.chance(0.05) ? 60.0f : 1.0f);        // some tower
+    case 3: return random.normal() * (i == 17 ? 1e6f : 1e-3f);                    // all codes but one's high part vanish
+    case 4: return random.uniform(-1e-38f, 1e-38f);                               // denormal
+    case 5: return random.uniform(-1.2e-28f, 1.2e-28f);                           // about where codes begin
+    case 6: return random.uniform(-9.99e37f, 9.99e37f);                           // about the largest
+    case 7: return i == 5 ? 15.5f : i == 20 ? random.uniform(0.99f, 1.01f) : 0.3f;  // about the least share
+    case 8: return random.chance(0.5) ? -0.0f : random.normal() * 1e-20f;
+    case 9: return i == 30 ? random.pick(kOdd) : random.normal();
+    default: return random.chance(0.5) ? random.pick(kOdd) : random.normal();
+  }
+}
+constexpr int kGroupKinds = 11;
 
 }  // namespace
 
+// By the rule, and every table bit by bit as the scalar one.
 TEST(elementwise_quantize_q8) {
-  for (int round = 0; round < 30; ++round) {
+  for (int round = 0; round < 60; ++round) {
     const int64_t n = 32 * random.integer(1, 12);
-    Exact<float> x = random_floats(random, n, random.pick({1.0f, 1e-20f, 1e25f}));
-    if (random.chance(0.5)) std::memset(x.data(), 0, 32 * sizeof(float));
-    if (random.chance(0.5)) x[static_cast<size_t>(random.integer(0, n - 1))] *= 100.0f;
+    Exact<float> x(static_cast<size_t>(n));
+    for (int64_t i = 0, kind = 0; i < n; ++i) {
+      if (i % 32 == 0) kind = random.integer(0, kGroupKinds - 1);
+      x[static_cast<size_t>(i)] = group_value(random, static_cast<int>(kind), static_cast<int>(i % 32));
+    }
     Exact<int8_t> first_codes(static_cast<size_t>(n));
+    Exact<GroupMeta> first_meta(static_cast<size_t>(n / 32));
+    tables().front().kernels.quantize_q8(x.data(), first_codes.data(), first_meta.data(), n);
     for (const auto& [name, kernels] : tables()) {
       Guarded<int8_t> codes(static_cast<size_t>(n));
       Guarded<GroupMeta> meta(static_cast<size_t>(n / 32));
       kernels.quantize_q8(x.data(), codes.data(), meta.data(), n);
       codes.check_zones(name);
       meta.check_zones(name);
-      for (size_t g = 0; g < meta.size(); ++g) check_group(x.data() + g * 32, codes.data() + g * 32, meta[g], name);
-      if (name == "scalar") std::memcpy(first_codes.data(), codes.data(), static_cast<size_t>(n));
+      for (size_t g = 0; g < meta.size(); ++g) {
+        check_group(x.data() + g * 32, codes.data() + g * 32, meta[g], name);
+        CHECK(std::memcmp(&first_meta[g], &meta[g], sizeof(GroupMeta)) == 0, name, " group ", g);
+      }
       CHECK(std::memcmp(first_codes.data(), codes.data(), static_cast<size_t>(n)) == 0, name);
     }
   }
 }
 
-// Halves go to the even neighbour: with a largest value of 127 the scale is 1.
+// Halves go to the even neighbour: with a second largest step of 127 the scale is 1.
 TEST(elementwise_quantize_q8_rounds_half_to_even) {
   Exact<float> x(32);
-  const float halves[] = {127.0f, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f, 125.5f, 126.5f};
-  const int expected[] = {127, 0, 2, 2, 0, -2, -2, 126, 126};
+  const float halves[] = {127.0f, 0.5f, 1.5f, 2.5f, 127.0f, -0.5f, -1.5f, -2.5f, 125.5f, 126.5f};
+  const int expected[] = {127, 0, 2, 2, 127, 0, -2, -2, 126, 126};
   std::memcpy(x.data(), halves, sizeof(halves));
   for (const auto& [name, kernels] : tables()) {
     Guarded<int8_t> codes(32);
     Guarded<GroupMeta> meta(1);
     kernels.quantize_q8(x.data(), codes.data(), meta.data(), 32);
-    for (size_t i = 0; i < 9; ++i) CHECK(codes[i] == expected[i], name, " ", halves[i]);
+    for (int i = 0; i < 10; ++i)
+      CHECK(whole_code(codes.data(), meta[0], i) == expected[i], name, " ", halves[i]);
   }
 }
 
-TEST(elementwise_quantize_q8_of_what_is_not_a_number_or_infinite_is_defined) {
+// The largest step's codes reach 127 * 15.5, both ways, whatever of the group it is.
+TEST(elementwise_quantize_q8_gives_the_high_parts_to_the_first_of_the_largest_steps) {
   for (const auto& [name, kernels] : tables())
-    for (const float odd : {INFINITY, -INFINITY, std::nanf(""), 3.4e38f, 1e-42f}) {
-      Exact<float> x = random_floats(random, 64);
-      for (const size_t i : {3, 4, 20, 31}) x[i] = odd;
-      Guarded<int8_t> codes(64);
-      Guarded<GroupMeta> meta(2);
-      kernels.quantize_q8(x.data(), codes.data(), meta.data(), 64);
-      int sum = 0;
-      for (size_t i = 0; i < 32; ++i) sum += codes[i];
-      CHECK(meta[0].sum == sum, name, " ", odd, ": the sum is not that of the codes");
-      check_group(x.data() + 32, codes.data() + 32, meta[1], name);
+    for (int i = 0; i < 32; ++i)
+      for (const int later : {i, (i / 4 + 3) % 8 * 4}) {
+        Exact<float> x(32);
+        x[static_cast<size_t>(later)] = -15.5f;
+        x[static_cast<size_t>(i)] = 15.5f;
+        Guarded<int8_t> codes(32);
+        Guarded<GroupMeta> meta(1);
+        kernels.quantize_q8(x.data(), codes.data(), meta.data(), 32);
+        check_group(x.data(), codes.data(), meta[0], name);
+        CHECK(meta[0].high_step == std::min(i, later) / 4, name, " ", i, " ", later);
+        const int code = whole_code(codes.data(), meta[0], i);
+        CHECK(later == i ? code == 1968 || code == 1969 : code == 127, name, " code ", code);
+      }
+}
+
+// The rule's checks reject what a wrong rule would give.
+TEST(elementwise_quantize_q8_checks_reject_planted_mistakes) {
+  Exact<float> x = random_floats(random, 32);
+  x[9] = 30.0f;
+  Exact<int8_t> codes(32);
+  GroupMeta meta;
+  tables().front().kernels.quantize_q8(x.data(), codes.data(), &meta, 32);
+  const auto rejects = [&](void (*spoil)(GroupMeta& meta, int8_t* codes)) {
+    GroupMeta wrong = meta;
+    int8_t wrong_codes[32];
+    std::memcpy(wrong_codes, codes.data(), 32);
+    spoil(wrong, wrong_codes);
+    try {
+      check_group(x.data(), wrong_codes, wrong, "");
+    } catch (const Failure&) {
+      return true;
     }
+    return false;
+  };
+  CHECK(!rejects([](GroupMeta&, int8_t*) {}));
+  CHECK(rejects([](GroupMeta& m, int8_t*) { m.scale *= 1.0001f; }), "scale");
+  CHECK(rejects([](GroupMeta& m, int8_t*) { m.high_step ^= 1; }), "high step");
+  CHECK(rejects([](GroupMeta& m, int8_t*) { m.high = 0; }), "high part");
+  CHECK(rejects([](GroupMeta& m, int8_t*) { m.negative_sum += 1; }), "sum");
+  CHECK(rejects([](GroupMeta& m, int8_t*) { m.negative_first_sum += 1; }), "sum of the first half");
+  CHECK(rejects([](GroupMeta& m, int8_t*) { m.scaled_second_sum += m.scale; }), "scaled sum of the second half");
+  CHECK(rejects([](GroupMeta& m, int8_t* c) {
+          c[20] = static_cast<int8_t>(c[20] + 1);
+          m.negative_sum -= 1;
+          m.scaled_sum = m.scale * static_cast<float>(-m.negative_sum);
+          m.scaled_second_sum = m.scale * static_cast<float>(m.negative_first_sum - m.negative_sum);
+        }),
+        "one code");
+}
+
+namespace {
+
+void check_i8(const Exact<float>& x, const int8_t* codes, const RowMeta& meta, const std::string& what) {
+  float largest = 0.0f;
+  bool finite = true;
+  for (size_t i = 0; i < x.size(); ++i) {
+    finite = finite && std::fabs(x[i]) < 1e38f;
+    largest = std::max(largest, std::fabs(x[i]));
+  }
+  const bool has_codes = finite && largest > 1e-30f;
+  CHECK(has_codes ? meta.scale == largest / 127.0f : finite ? meta.scale == 0.0f : std::isnan(meta.scale), what, " scale ",
+        meta.scale, " of ", largest);
+  int sum = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    sum += codes[i];
+    const double bound = (0.5 + 4 * kEpsilon * 127) * static_cast<double>(meta.scale);
+    const double error = std::fabs(static_cast<double>(meta.scale) * codes[i] - static_cast<double>(x[i]));
+    CHECK(has_codes ? error <= bound : codes[i] == 0, what, " at ", i, ": ", x[i], " off by ", error);
+  }
+  CHECK(meta.negative_sum == -sum, what);
+  for (size_t i = x.size(); i % 64 != 0; ++i) CHECK(codes[i] == 0, what, " past the row, at ", i);
+}
+
+}  // namespace
+
+TEST(elementwise_quantize_i8) {
+  for (int round = 0; round < 60; ++round) {
+    const int64_t n = some_length(random), padded = padded_columns(n);
+    Exact<float> x = random_floats(random, n, random.pick({1.0f, 1e-20f, 1e25f, 1e-31f, 1e-40f, 0.0f}));
+    if (random.chance(0.3)) x[static_cast<size_t>(random.integer(0, n - 1))] *= 100.0f;
+    if (random.chance(0.3))
+      x[static_cast<size_t>(random.integer(0, n - 1))] = random.pick({INFINITY, -INFINITY, NAN, -1.01e38f});
+    Exact<int8_t> first_codes(static_cast<size_t>(padded));
+    const RowMeta first = tables().front().kernels.quantize_i8(x.data(), first_codes.data(), n);
+    for (const auto& [name, kernels] : tables()) {
+      Guarded<int8_t> codes(static_cast<size_t>(padded));
+      const RowMeta meta = kernels.quantize_i8(x.data(), codes.data(), n);
+      const std::string what = join(name, " n=", n);
+      codes.check_zones(what);
+      check_i8(x, codes.data(), meta, what);
+      CHECK(std::memcmp(&first, &meta, sizeof(RowMeta)) == 0, what, " differs from the scalar table");
+      CHECK(std::memcmp(first_codes.data(), codes.data(), codes.size()) == 0, what, " differs from the scalar table");
+    }
+  }
+}
+
+TEST(elementwise_quantize_q8_of_tiny_values_is_zero) {
+  for (const auto& [name, kernels] : tables()) {
+    Exact<float> x(32);
+    for (size_t i = 0; i < 32; ++i) x[i] = i % 3 == 0 ? 1e-42f : 0.0f;
+    Guarded<int8_t> codes(32);
+    Guarded<GroupMeta> meta(1);
+    kernels.quantize_q8(x.data(), codes.data(), meta.data(), 32);
+    CHECK(meta[0].scale == 0 && meta[0].sum == 0, name);
+  }
+}
+
+TEST(elementwise_quantize_head) {
+  for (const auto& [name, kernels] : tables())
+    for (const float odd : {0.0f, INFINITY, -INFINITY, std::nanf(""), 3.4e38f})
+      for (size_t at = 0; at < 48; ++at) {
+        Exact<float> x = random_floats(random, 48);
+        if (odd != 0) x[at] = odd;
+        Guarded<int8_t> codes(48);
+        const float scale = kernels.quantize_head(x.data(), codes.data(), 48);
+        codes.check_zones(name);
+        CHECK(std::isnan(scale) == (odd != 0), name, " ", odd, " at ", at);
+        for (size_t i = 0; i < 48; ++i) {
+          const float expected = odd != 0 ? 0.0f : x[i];
+          const float tolerance = odd != 0 ? 0.0f : 0.51f * scale;
+          const float got = odd != 0 ? static_cast<float>(codes[i]) : static_cast<float>(codes[i]) * scale;
+          CHECK(std::fabs(got - expected) <= tolerance, name, " ", i);
+        }
+      }
 }
 
 TEST(elementwise_round_bf16) {
@@ -358,9 +544,32 @@ TEST(elementwise_infinities_do_not_crash) {
     kernels.layer_norm(x.data(), weight.data(), nullptr, out.data(), 64, 1e-5f);
     for (const Activation kind : kActivations) kernels.activate(kind, x.data(), out.data(), 64);
     kernels.exp_weights(x.data(), 3.0f, 1.0f, out.data(), sums.data(), 64);
-    CHECK(kernels.maximum(x.data(), 64) == INFINITY, name);
     out.check_zones(name);
   }
+}
+
+TEST(elementwise_maximum_finds_what_is_not_a_number) {
+  for (const auto& [name, kernels] : tables())
+    for (int64_t n = 1; n < 70; ++n) {
+      Exact<float> x = random_floats(random, n);
+      x[static_cast<size_t>(random.integer(0, n - 1))] = INFINITY;
+      CHECK(kernels.maximum(x.data(), n) == INFINITY, name, " ", n);
+      x[static_cast<size_t>(random.integer(0, n - 1))] = std::nanf("");
+      CHECK(std::isnan(kernels.maximum(x.data(), n)), name, " ", n);
+    }
+}
+
+TEST(elementwise_activations_keep_what_is_not_a_number) {
+  for (const auto& [name, kernels] : tables())
+    for (const Activation kind : kActivations) {
+      Exact<float> x = random_floats(random, 40), other = random_floats(random, 40);
+      for (const size_t i : {0, 17, 39}) x[i] = std::nanf("");
+      Guarded<float> out(40), gated(40);
+      kernels.activate(kind, x.data(), out.data(), 40);
+      kernels.gated(kind, x.data(), other.data(), gated.data(), 40);
+      for (size_t i = 0; i < 40; ++i)
+        CHECK(std::isnan(out[i]) == std::isnan(x[i]) && std::isnan(gated[i]) == std::isnan(x[i]), name, " ", i);
+    }
 }
 
 }  // namespace llmserve::test

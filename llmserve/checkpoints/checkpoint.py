@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmserve.checkpoints import gguf, gguf_config, hf_config, names, safetensors
+from llmserve.checkpoints.identity import checkpoint_id
 from llmserve.checkpoints.mapping import MappedFile
 from llmserve.checkpoints.shapes import check_biases, check_shapes
 from llmserve.config import ModelConfig
@@ -38,6 +39,11 @@ class Checkpoint(Protocol):
         """Bytes of all tensors as stored."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """Changes with the content of its files."""
+        ...
+
     def release_pages(self) -> None:
         """Give the pages of the files back to the system, once weights are packed; tensors stay readable."""
         ...
@@ -59,6 +65,10 @@ class FileCheckpoint:
     @property
     def total_bytes(self) -> int:
         return sum(tensor.data.nbytes for tensor in self.tensors.values())
+
+    @property
+    def identity(self) -> str:
+        return checkpoint_id(self.files)
 
     def release_pages(self) -> None:
         for file in self.files:

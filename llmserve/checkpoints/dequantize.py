@@ -43,7 +43,12 @@ def dequantize(tensor: CheckpointTensor) -> NDArray[np.float32]:
         elements, size = BLOCKS[tensor.dtype]
         blocks = np.frombuffer(tensor.data, np.uint8).reshape(-1, size)  # [num_blocks, block bytes]
         values = _dequantize_blocks(tensor.dtype, elements, blocks)
-    return values.reshape(tensor.shape)
+    values = values.reshape(tensor.shape)
+    if tensor.order is None:
+        return values
+    ordered = np.empty_like(values)
+    ordered[:, list(tensor.order)] = values
+    return ordered
 
 
 def _dequantize_blocks(dtype: str, elements: int, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 from pathlib import Path
 
 from llmserve.errors import CheckpointError, ModelNotFound
 
 
 class MappedFile:
-    """The bytes of one file. `data` may be sliced without copying."""
+    """The bytes of one file. `data` may be sliced without copying; `stat` is of the file that is mapped."""
 
-    __slots__ = ("data", "map", "path", "size")
+    __slots__ = ("data", "map", "path", "size", "stat")
 
     def __init__(self, path: Path) -> None:
         """Map `path`. Raises `ModelNotFound` if it is missing, `CheckpointError` if it cannot be mapped."""
         self.path = path
         try:
             with path.open("rb") as file:
+                self.stat = os.fstat(file.fileno())
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
             raise ModelNotFound(f"{path}: no such file") from error

@@ -66,6 +66,21 @@ class Store:
         complete = all(_has_size(folder / name, file.num_bytes) for name, file in stored.files.items())
         return folder / stored.entry if complete else None
 
+    def sha256_of(self, path: Path, stat: os.stat_result) -> str | None:
+        """The digest of a file of a view, of which `stat` was taken; None where the store cannot vouch for it.
+
+        It can while size and time say that nobody wrote to the file after it was pulled.
+        """
+        try:
+            model, version, *rest = path.absolute().relative_to(self.home.absolute() / "views").parts
+            pulled = (self.home / "views" / model / "index.json").stat()
+        except (ValueError, OSError):
+            return None
+        stored = self._read_index(model).versions.get(version)
+        file = stored.files.get("/".join(rest)) if stored is not None else None
+        untouched = file is not None and stat.st_size == file.num_bytes and stat.st_mtime_ns <= pulled.st_mtime_ns
+        return file.sha256 if file is not None and untouched else None
+
     def add_version(self, model: str, version: str, stored: StoredVersion) -> Path:
         """Link a version's blobs into its view, make it the latest one, return the path to open."""
         folder = self._view(model, version)

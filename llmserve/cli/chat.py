@@ -84,6 +84,7 @@ def command(
     kv_cache_memory: options.KVCacheMemory = "",
     threads: options.Threads = 0,
     exact: options.Exact = False,
+    packed_cache: options.PackedCache = True,
 ) -> int:
     """Run the command; see `HELP`."""
     sampling = ChatOptions(
@@ -100,6 +101,7 @@ def command(
                 kv_cache_memory=kv_cache_memory,
                 threads=threads,
                 exact=exact,
+                packed_cache=packed_cache,
             )
         try:
             conversation = Conversation(runner, partner, sampling, system=system)
@@ -117,7 +119,14 @@ async def _open_remote(url: str) -> Partner:
 
 
 def _open_local(
-    runner: asyncio.Runner, model: str, *, max_model_len: int, kv_cache_memory: str, threads: int, exact: bool
+    runner: asyncio.Runner,
+    model: str,
+    *,
+    max_model_len: int,
+    kv_cache_memory: str,
+    threads: int,
+    exact: bool,
+    packed_cache: bool,
 ) -> Partner:
     from llmserve.checkpoints import pull
     from llmserve.cli.local_model import open_local_model
@@ -131,6 +140,7 @@ def _open_local(
             kv_cache_memory=kv_cache_memory,
             threads=threads,
             exact=exact,
+            packed_cache=packed_cache,
         )
         return runner.run(open_local_model(config, name=options.model_name(model, path), on_progress=display))
 

@@ -66,6 +66,7 @@ def check_installation() -> Iterator[Finding]:
         yield _torch()
     yield _packages()
     yield _store()
+    yield _images()
 
 
 def check_model(config: EngineConfig) -> Iterator[Finding]:
@@ -97,9 +98,9 @@ def _describe_engine(engine: Engine, config: EngineConfig) -> Iterator[Finding]:
     info = engine.info
     yield Finding(
         "loading",
-        f"{info.architecture}, {format_bytes(info.weight_bytes)} of weights, packed for {info.isa} in "
-        f"{info.load_s:.1f} s",
+        f"{info.architecture}, {format_bytes(info.weight_bytes)} of weights for {info.isa} in {info.load_s:.1f} s",
     )
+    yield _weights(info, config)
     num_slots = info.num_blocks * info.block_size
     yield Finding(
         "KV cache",
@@ -116,6 +117,22 @@ def _describe_engine(engine: Engine, config: EngineConfig) -> Iterator[Finding]:
         f"{info.max_num_seqs} of {even_len} tokens, at the same time",
     )
     yield _first_token(engine)
+
+
+def _weights(info: EngineInfo, config: EngineConfig) -> Finding:
+    """Where the packed weights are, and whether they were there already."""
+    from llmserve.engine.images import max_image_bytes
+
+    if info.weights_origin == "mapped":
+        return Finding("packed weights", f"mapped from {info.image_path}, which was there")
+    if info.weights_origin == "written":
+        return Finding("packed weights", f"packed now and kept in {info.image_path} for the next start")
+    if max_image_bytes(config) == 0:
+        return Finding("packed weights", "in memory; keeping them is switched off")
+    least = config.packed_cache_min_bytes
+    if info.weight_bytes < least:
+        return Finding("packed weights", f"in memory; less than {format_bytes(least)} are packed anew at each start")
+    return Finding("packed weights", "in memory; no image could be kept, the log says why")
 
 
 def _explain_cache(config: EngineConfig, info: EngineInfo, max_position: int) -> Iterator[Finding]:
@@ -238,6 +255,21 @@ def _store() -> Finding:
     if not os.access(where, os.W_OK):
         return Finding("store", f"{text}, not writable", "set LLMSERVE_HOME to a folder of your own")
     return Finding("store", text, "free space or set LLMSERVE_HOME" if free < _LEAST_SPACE_BYTES else "")
+
+
+def _images() -> Finding:
+    from llmserve.config import EngineConfig
+    from llmserve.engine.images import image_folder, max_image_bytes
+    from llmserve.ops.image_folder import ImageFolder
+
+    try:
+        bound = max_image_bytes(EngineConfig(model_path=Path()))
+    except LLMServeError as error:
+        return Finding("packed weights", str(error), "set it to a number, or unset it")
+    images = ImageFolder(image_folder(), bound).images()
+    taken = format_bytes(sum(stat.st_size for stat in images.values()))
+    count = f"{len(images)} image{'s' if len(images) != 1 else ''}"
+    return Finding("packed weights", f"{image_folder()}: {count}, {taken} of at most {format_bytes(bound)}")
 
 
 def _read(path: str) -> str:

@@ -37,6 +37,7 @@ def command(
     kv_cache_memory: options.KVCacheMemory = "",
     threads: options.Threads = 0,
     exact: options.Exact = False,
+    packed_cache: options.PackedCache = True,
 ) -> int:
     """Run the command; see `HELP`."""
     findings = list(check_installation())
@@ -53,6 +54,7 @@ def command(
             kv_cache_memory=kv_cache_memory,
             threads=threads,
             exact=exact,
+            packed_cache=packed_cache,
         )
         findings += check_model(config)
     _print_table(findings)

@@ -88,6 +88,7 @@ def command(
     kv_cache_memory: options.KVCacheMemory = "",
     threads: options.Threads = 0,
     exact: options.Exact = False,
+    packed_cache: options.PackedCache = True,
 ) -> int:
     """Run the command; see `HELP`."""
     prompts = _collect(prompt, file)
@@ -103,6 +104,7 @@ def command(
             kv_cache_memory=kv_cache_memory,
             threads=threads,
             exact=exact,
+            packed_cache=packed_cache,
         )
         request = RequestOptions(
             max_tokens=max_tokens,

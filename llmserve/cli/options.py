@@ -66,6 +66,14 @@ Exact = Annotated[
     bool,
     typer.Option("--exact", rich_help_panel=_ENGINE, help="Activations in float32, not int8: slower, more precise."),
 ]
+PackedCache = Annotated[
+    bool,
+    typer.Option(
+        "--packed-cache/--no-packed-cache",
+        rich_help_panel=_ENGINE,
+        help="Keep the packed weights of large models on disk for the next start.",
+    ),
+]
 Trace = Annotated[
     Path | None,
     typer.Option(
@@ -129,6 +137,7 @@ def engine_config(
     kv_cache_memory: str = "",
     threads: int = 0,
     exact: bool = False,
+    packed_cache: bool = True,
     step_lease: bool = True,
     kv_cache_dtype: KVCacheDtype = "bf16",
     trace: Path | None = None,
@@ -145,6 +154,7 @@ def engine_config(
         kv_cache_bytes=parse_byte_size(kv_cache_memory, param="--kv-cache-memory") if kv_cache_memory else 0,
         num_threads=threads,
         exact=exact,
+        packed_cache_bytes=None if packed_cache else 0,
         step_lease=step_lease,
         kv_cache_dtype=kv_cache_dtype,
         trace_path=trace.absolute() if trace is not None else None,

@@ -8,8 +8,13 @@ from __future__ import annotations
 from llmserve.engine.plan import Chunk, Plan
 from llmserve.engine.runner import StepResult
 from llmserve.engine.sequence import Sequence
-from llmserve.ops.protocol import NO_TOKEN
+from llmserve.ops.protocol import NO_TOKEN, NOT_FINITE
 from llmserve.types import Output
+
+_REASONS = {
+    NO_TOKEN: "the parameters of the request leave no token that may be sampled",
+    NOT_FINITE: "the model produced a value that is not a number, or infinite, for this request",
+}
 
 
 class Collector:
@@ -43,6 +48,8 @@ class Collector:
     def _apply_chunk(self, chunk: Chunk, result: StepResult, row: int, now_s: float) -> Output | None:
         """Advance a sequence by a chunk whose first logit row is `row`; None while its prompt is unfinished."""
         seq = chunk.seq
+        if NOT_FINITE in result.token_ids[row : row + chunk.num_score_rows]:
+            return _failure(seq, NOT_FINITE, now_s)
         if chunk.num_score_rows:
             scores, num_top = seq.prompt_logprobs, seq.sampling.num_prompt_logprobs or 0
             assert scores is not None
@@ -65,9 +72,8 @@ class Collector:
 
     def _take_token(self, seq: Sequence, result: StepResult, row: int, now_s: float) -> Output:
         token_id = result.token_ids[row]
-        if token_id == NO_TOKEN:
-            reason = "the parameters of the request leave no token that may be sampled"
-            return Output(request_id=seq.request_id, finish_reason="error", error=reason, timing=seq.timing(now_s))
+        if token_id < 0:
+            return _failure(seq, token_id, now_s)
         finish_reason = seq.append(token_id)
         seq.account.num_tokens += 1
         self.num_generation_tokens += 1
@@ -87,3 +93,9 @@ class Collector:
             stop_token_id=token_id if finish_reason == "stop" else None,
             timing=seq.timing(0.0 if finish_reason is None else now_s) if is_first or finish_reason else None,
         )
+
+
+def _failure(seq: Sequence, outcome: int, now_s: float) -> Output:
+    """The end of a sequence that got no token."""
+    seq.is_poisoned = outcome == NOT_FINITE
+    return Output(request_id=seq.request_id, finish_reason="error", error=_REASONS[outcome], timing=seq.timing(now_s))

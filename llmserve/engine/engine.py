@@ -200,7 +200,9 @@ class Engine:
         if isinstance(outcome, Exception):
             return self._recover(plan, outcome)
         seconds = time.perf_counter() - started
-        self._scheduler.step_times.observe(len(plan.decodes), plan.num_chunk_tokens, seconds)
+        self._scheduler.step_times.observe(
+            len(plan.decodes), plan.num_chunk_tokens, seconds, context=plan.chunk_context
+        )
         return self._apply(plan, outcome)
 
     def _recover(self, plan: Plan, error: Exception) -> list[Output]:
@@ -221,6 +223,9 @@ class Engine:
         outputs, ended = self._collector.apply(plan, result, self._clock())
         for chunk in plan.chunks:
             self._kv_cache.commit(chunk.seq)
+        for seq in ended:
+            if seq.is_poisoned:
+                _log.error("logits are not finite request_id=%s num_tokens=%d", seq.request_id, seq.num_tokens)
         if ended:
             self._forget(ended)
         return outputs

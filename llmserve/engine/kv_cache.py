@@ -61,6 +61,9 @@ class BlockPool(Protocol):
     def release(self, handle: int) -> None:
         """Give back a table and its blocks."""
 
+    def discard(self, handle: int) -> None:
+        """Give back a table and its blocks, and let nobody match them any more."""
+
     def truncate(self, handle: int, num_tokens: int) -> None:
         """Give back the blocks past num_tokens."""
 
@@ -150,12 +153,14 @@ class KVCacheManager:
 
     def commit(self, seq: Sequence) -> None:
         """Offer the computed full blocks of a sequence to others."""
-        if self._shares_prefixes:
+        if self._shares_prefixes and not seq.is_poisoned:
             self._pool.commit(seq.block_table, seq.view, seq.num_computed_tokens)
 
     def release(self, seq: Sequence) -> None:
-        """Give back all blocks of a sequence; its computed tokens are forgotten."""
-        if seq.block_table != NO_TABLE:
+        """Give back all blocks of a sequence; its computed tokens are forgotten, poisoned ones for everybody."""
+        if seq.block_table != NO_TABLE and seq.is_poisoned:
+            self._pool.discard(seq.block_table)
+        elif seq.block_table != NO_TABLE:
             self.commit(seq)
             self._pool.release(seq.block_table)
         seq.block_table = NO_TABLE

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import cast
 
 from llmserve import checkpoints, ops
+from llmserve.checkpoints import Checkpoint
 from llmserve.config import EngineConfig, ExecutorConfig
 from llmserve.engine.engine import Engine
+from llmserve.engine.images import image_config
 from llmserve.engine.kv_cache import PagedExecutor
 from llmserve.engine.memory import available_bytes, fit_kv_cache
 from llmserve.engine.scheduler import SchedulerConfig
 from llmserve.engine.trace import StepTrace
 from llmserve.errors import InvalidRequest
 from llmserve.models import catalog
+from llmserve.ops import Progress
 from llmserve.types import EngineInfo
 
 MIN_LOGIT_ROWS = 64
 """Rows for scoring prompts even when few sequences may run."""
 
 
-def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], None]) -> Engine:
+def load_engine(config: EngineConfig, *, progress: Progress) -> Engine:
     """Load a model. `progress(phase, done, total)` is called as it goes.
 
     Raises `CheckpointError`, `ModelNotFound`, `OutOfMemory`, `ExtensionNotBuilt`, `InvalidRequest` (a bad option).
@@ -43,8 +45,9 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
             num_threads=config.num_threads,
             exact=config.exact,
             kv_cache_dtype=config.kv_cache_dtype,
+            images=image_config(config, checkpoint),
         ),
-        progress=progress,
+        progress=_releasing(checkpoint, progress),
     )
     checkpoint.release_pages()
     available = available_bytes()
@@ -72,8 +75,20 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, int, int], Non
         load_s=time.monotonic() - started,
         available_bytes=available,
         kv_cache_limit=kv_plan.limit,
+        weights_origin=executor.weights_origin,
+        image_path=executor.image_path,
     )
     return Engine(cast(PagedExecutor, executor), scheduler_config, info, trace=trace)
+
+
+def _releasing(checkpoint: Checkpoint, progress: Progress) -> Progress:
+    """Weights are packed one after another: the pages of each are given back, so that a model is not there twice."""
+
+    def report(phase: str, done: int, total: int) -> None:
+        checkpoint.release_pages()
+        progress(phase, done, total)
+
+    return report
 
 
 def _scheduler_config(config: EngineConfig) -> SchedulerConfig:

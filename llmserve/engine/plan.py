@@ -40,6 +40,12 @@ class Plan:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
+    def chunk_context(self) -> int:
+        """Tokens before a token of the chunks, on average; before the step has advanced anything."""
+        pairs = sum(chunk.num_tokens * (chunk.seq.num_computed_tokens + chunk.num_tokens // 2) for chunk in self.chunks)
+        return pairs // self.num_chunk_tokens if self.chunks else 0
+
+    @property
     def num_rows(self) -> int:
         return len(self.decodes) + sum(chunk.num_score_rows + chunk.samples for chunk in self.chunks)
 

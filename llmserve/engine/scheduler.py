@@ -141,7 +141,8 @@ class Scheduler:
                 unfinished.append(seq)
         num_owed = len(unfinished)
         rows = self._config.max_logit_rows - len(decodes)
-        tokens = max(num_owed, self._max_chunk_tokens(len(decodes)))
+        context = max((seq.num_computed_tokens for seq in unfinished), default=0)
+        tokens = max(num_owed, self._max_chunk_tokens(len(decodes), context))
         if num_owed > 1:
             unfinished.sort(key=lambda seq: (seq.priority, seq.order))
         for seq in unfinished:
@@ -152,12 +153,12 @@ class Scheduler:
             rows -= chunk.num_score_rows + chunk.samples
         return tokens, rows
 
-    def _max_chunk_tokens(self, num_decodes: int) -> int:
-        """Tokens of this step that are not decodes."""
+    def _max_chunk_tokens(self, num_decodes: int, context: int) -> int:
+        """Tokens of this step that are not decodes, when so many are before them."""
         left = self._config.max_num_tokens - num_decodes
         if num_decodes == 0 or self._config.itl_target_ms <= 0:
             return left
-        fitting = self.step_times.max_chunk_tokens(self._config.itl_target_ms / 1000, num_decodes)
+        fitting = self.step_times.max_chunk_tokens(self._config.itl_target_ms / 1000, num_decodes, context)
         return left if fitting is None else min(left, fitting)
 
     def _admit_waiting(self, plan: Plan, tokens: int, rows: int, now_s: float) -> None:
@@ -170,6 +171,9 @@ class Scheduler:
             self.running.append(seq)
             if seq.num_cached_tokens < 0:
                 self._note_first_admission(seq, now_s)
+            if seq.num_computed_tokens:  # cached: less fits after them than after none
+                fitting = self._max_chunk_tokens(len(plan.decodes), seq.num_computed_tokens)
+                tokens = max(1, min(tokens, fitting - plan.num_chunk_tokens))
             chunk = cut_chunk(seq, tokens, rows)
             plan.chunks.append(chunk)
             tokens -= chunk.num_tokens

@@ -49,6 +49,8 @@ class Sequence:
     """The sequence whose prompt it shares and whose blocks it may fork."""
     ended: bool = False
     """Its terminal output was made."""
+    is_poisoned: bool = False
+    """Its logits were not finite: its keys and values are not for others."""
     scheduled_s: float = 0.0
     """Monotonic: when it first was admitted; 0 before."""
     first_token_s: float = 0.0

@@ -11,7 +11,7 @@ def lifetimes(nodes: Sequence[Node]) -> dict[Buffer, tuple[int, int]]:
     """First and last node, by index, that touches each buffer."""
     spans: dict[Buffer, tuple[int, int]] = {}
     for index, node in enumerate(nodes):
-        for buffer in (*node.reads, *([] if node.out is None else [node.out])):
+        for buffer in (*node.reads, *(out for out in (node.out, node.second_out) if out is not None)):
             spans[buffer] = (spans.get(buffer, (index, index))[0], index)
     return spans
 

@@ -85,6 +85,7 @@ class Compiler:
     _buffers: dict[t.TapeOp, n.Buffer] = field(default_factory=dict)
     _users: dict[t.TapeOp, list[t.TapeOp]] = field(default_factory=lambda: defaultdict(list))
     _fused: set[t.TapeOp] = field(default_factory=set)
+    _rewritten: dict[tuple[t.TapeOp, tuple[int, ...] | None], n.Buffer] = field(default_factory=dict)
 
     def run(self) -> Plan:
         """Raises `CheckpointError` for a network this executor cannot run."""
@@ -145,6 +146,7 @@ class Compiler:
             up.inputs[0] is gate.inputs[0]
             and up.weight.shape == gate.weight.shape
             and self._type(up.weight) == self._type(gate.weight)
+            and up.weight.order == gate.weight.order
             and self._users[up] == [op] == self._users[gate]
         )
 
@@ -185,10 +187,26 @@ class Compiler:
     def _read(self, op: t.TapeOp, form: int = n.F32) -> list[n.Buffer]:
         return [self._input(value, form) for value in op.inputs]
 
-    def _input(self, value: t.TapeValue, form: int) -> n.Buffer:
+    def _input(self, value: t.TapeValue, form: int, order: tuple[int, ...] | None = None) -> n.Buffer:
+        """The buffer of a value in a form, its columns in an order of their own where a weight asks for it.
+
+        Only a norm makes whole rows at once, as the I8 form needs: it has one scale a row.
+        """
         buffer = self._buffers[value.producer]
-        buffer.forms |= form
-        return buffer
+        if order is None and (form != n.I8 or isinstance(value.producer, t.NormOp)):
+            buffer.forms |= form
+            return buffer
+        key = value.producer, order
+        if key not in self._rewritten:
+            buffer.forms |= n.F32
+            rewritten = self._rewritten[key] = n.Buffer(buffer.rows, buffer.columns)
+            op: Literal["forms", "permute"] = "forms" if order is None else "permute"
+            self.nodes.append(n.ElementwiseNode(op=op, order=order, reads=[buffer], out=rewritten))
+        self._rewritten[key].forms |= form
+        return self._rewritten[key]
+
+    def _weight_input(self, op: t.LinearOp) -> n.Buffer:
+        return self._input(op.inputs[0], self._form(op.weight), op.weight.order)
 
     def _type(self, weight: CheckpointTensor) -> n.PackedType:
         return packed_type(weight, exact=self.exact)
@@ -206,7 +224,7 @@ class Compiler:
         rows = op.weight.shape[0]
         matrix = n.Matrix(self._type(op.weight))
         matrix.add_rows(op.weight, 0, rows)
-        reads = [self._input(op.inputs[0], self._form(op.weight))]
+        reads = [self._weight_input(op)]
         reads += [self._input(value, n.F32) for value in op.inputs[1:]]
         bias = None if op.bias is None else _tiled([(op.bias, 0, rows)])
         self._emit(op, n.GemmNode(matrix=matrix, items=_plain_items(rows), bias=bias, reads=reads), rows)
@@ -225,7 +243,7 @@ class Compiler:
             parts += [(gate.bias, row, count), (up.bias, row, count)]
             items.append((n.GATED, tile, 2, row, count, 0))
         bias = None if up.bias is None and gate.bias is None else _tiled(parts)
-        reads = [self._input(up.inputs[0], self._form(up.weight))]
+        reads = [self._weight_input(up)]
         self._emit(op, n.GemmNode(matrix=matrix, items=items, bias=bias, act=op.kind, reads=reads), rows)
 
     def _lower_attention(self, op: t.AttentionOp) -> None:
@@ -240,12 +258,13 @@ class Compiler:
             self._emit(op, n.ElementwiseNode(op="forms", reads=[out]), queries.columns)
 
     def _heads_nodes(self, op: t.AttentionOp, queries: n.Buffer) -> list[n.HeadsNode]:
-        """One node per (input, packed type): usually one for all of Q, K and V."""
+        """One node per (input, packed type, order): usually one for all of Q, K and V."""
         kinds = zip((n.QUERY, n.KEY, n.VALUE), (self._projection(value) for value in op.inputs), strict=True)
-        groups: dict[tuple[t.TapeOp, n.PackedType], list[tuple[int, Projection]]] = defaultdict(list)
+        groups: dict[object, list[tuple[int, Projection]]] = defaultdict(list)
         for kind, projection in kinds:
             source = projection.linear.inputs[0].producer
-            groups[source, self._type(projection.linear.weight)].append((kind, projection))
+            weight = projection.linear.weight
+            groups[source, self._type(weight), weight.order].append((kind, projection))
         return [self._heads_node(op, parts, queries) for parts in groups.values()]
 
     def _heads_node(self, op: t.AttentionOp, parts: list[tuple[int, Projection]], queries: n.Buffer) -> n.HeadsNode:
@@ -280,7 +299,7 @@ class Compiler:
             norm_eps=next((norm.eps for norm in norms.values()), 0.0),
             head_dim=head_dim,
             layer=op.layer,
-            reads=[self._input(first.inputs[0], self._form(first.weight))],
+            reads=[self._weight_input(first)],
             out=queries if n.QUERY in by_kind else None,
         )
 
@@ -297,13 +316,16 @@ class Compiler:
         else:
             rows = self._gather(value)
         rows.forms |= self._form(op.head)
+        if op.head.order is not None:
+            t.refuse("a head whose columns are in an order of their own")
         vocab = op.head.shape[0]
         matrix = n.Matrix(self._type(op.head))
         matrix.add_rows(op.head, 0, vocab)
         logits = n.Buffer("logits", vocab, n.F32)
         gemm = n.GemmNode(matrix=matrix, items=_plain_items(vocab), factor=op.scale, reads=[rows], out=logits)
         gemm.softcap = op.softcap or 0.0
-        self.nodes += [gemm, n.SampleNode(reads=[logits])]
+        gemm.second_out = n.Buffer("logits", len(matrix.sources), n.F32)
+        self.nodes += [gemm, n.SampleNode(reads=[logits, gemm.second_out])]
 
     def _gather(self, value: t.TapeValue) -> n.Buffer:
         rows = n.Buffer("logits", value.columns)

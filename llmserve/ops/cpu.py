@@ -18,6 +18,8 @@ from llmserve.ops.emit import Emitter
 from llmserve.ops.nodes import AttentionNode
 from llmserve.ops.protocol import StepInput, StepOutput
 from llmserve.ops.tape import TapeBuilder
+from llmserve.ops.weights import LoadedWeights
+from llmserve.types import WeightsOrigin
 
 BLOCK_SIZE = 16
 """Tokens of a KV block in this executor's layout."""
@@ -27,9 +29,18 @@ class CpuExecutor:
     """A compiled network. `block_pool` appears with `allocate_kv`."""
 
     def __init__(
-        self, program: _C.Program, attention: list[AttentionNode], *, weight_bytes: int, kv_int8: bool = False
+        self,
+        program: _C.Program,
+        attention: list[AttentionNode],
+        weights: LoadedWeights,
+        *,
+        weight_bytes: int,
+        kv_int8: bool = False,
     ) -> None:
         self.program = program
+        self.weights_origin: WeightsOrigin = weights.origin
+        self.image_path = str(weights.image.path) if weights.image is not None else ""
+        self._weights = weights  # holds the image's lock
         self.weight_bytes = weight_bytes
         self.isa: str = program.isa
         self.num_threads: int = program.num_threads
@@ -122,8 +133,8 @@ def build(config: ModelConfig, forward: Forward, executor_config: ExecutorConfig
         raise InvalidRequest(str(error)) from error
     emitter = Emitter(program, executor_config, exact=executor_config.exact)
     emitter.place(plan.nodes)
-    emitter.pack(plan.nodes, progress)
+    weights = emitter.load(plan.nodes, progress)
     for node in plan.nodes:
         emitter.add(node)
     kv_int8 = executor_config.kv_cache_dtype == "int8"
-    return CpuExecutor(program, plan.attention, weight_bytes=emitter.weight_bytes, kv_int8=kv_int8)
+    return CpuExecutor(program, plan.attention, weights, weight_bytes=emitter.weight_bytes, kv_int8=kv_int8)

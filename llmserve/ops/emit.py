@@ -1,8 +1,8 @@
-"""Turns compiled nodes into a `_C.Program`: places buffers, packs weights, adds nodes."""
+"""Turns compiled nodes into a `_C.Program`: places buffers, loads weights, adds nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,14 @@ from llmserve.config import ExecutorConfig
 from llmserve.ops import nodes as n
 from llmserve.ops.arena import lay_out
 from llmserve.ops.protocol import RopeSpec
+from llmserve.ops.weights import LoadedWeights, WeightLoader
 from llmserve.types import CheckpointTensor
 
 Progress = Callable[[str, int, int], None]
 
 
 class Emitter:
-    """Builds one program. The matrices must be packed (`pack`) before it runs."""
+    """Builds one program. Its weights must be loaded (`load`) before nodes are added."""
 
     def __init__(self, program: _C.Program, config: ExecutorConfig, *, exact: bool) -> None:
         self._program = program
@@ -45,18 +46,17 @@ class Emitter:
         )
         self._program.reserve_weights(self.weight_bytes)
 
-    def pack(self, nodes: Sequence[n.Node], progress: Progress) -> None:
-        """Pack every matrix; the threads of the program share the work of each."""
-        done = 0
-        progress("packing weights", 0, self.weight_bytes)
-        for node in nodes:
-            if isinstance(node, n.GemmNode):
-                views = [tensor_view(tensor) for tensor in node.matrix.tensors]
-                matrix = self._program.add_matrix(node.matrix.type, views, np.array(node.matrix.sources, np.int32))
-                self._program.pack(matrix)
-                self._matrices[node.matrix] = matrix
-                done += matrix.num_bytes
-                progress("packing weights", done, self.weight_bytes)
+    def load(self, nodes: Sequence[n.Node], progress: Progress) -> LoadedWeights:
+        """Add every matrix and get its packed bytes; `progress` is told after each."""
+        plan = [node.matrix for node in nodes if isinstance(node, n.GemmNode)]
+        for matrix in plan:
+            views = [tensor_view(tensor) for tensor in matrix.tensors]
+            sources = np.array(matrix.sources, np.int32)
+            self._matrices[matrix] = self._program.add_matrix(matrix.type, views, sources)
+        for vector in _vectors(nodes):  # read last, one by one: without this each waits for the disk
+            tensor_view(vector).prefetch()
+        loader = WeightLoader(self._program, [self._matrices[matrix] for matrix in plan], progress)
+        return loader.load(self._config.images, plan)
 
     def add(self, node: n.Node) -> None:
         """Append one node to the program."""
@@ -75,7 +75,8 @@ class Emitter:
             case n.GatherNode():
                 program.add_gather(x[0], out)
             case n.ElementwiseNode():
-                program.add_elementwise(node.op, x[0], x[1] if len(x) > 1 else None, out, node.act, node.by)
+                order = None if node.order is None else np.array(node.order, np.int32)
+                program.add_elementwise(node.op, x[0], x[1] if len(x) > 1 else None, out, node.act, node.by, order)
             case n.HeadsNode():
                 self._add_heads(node, x[0], out)
             case n.GemmNode():
@@ -86,7 +87,7 @@ class Emitter:
                     x[0], out, spec.heads, spec.kv_heads, spec.head_dim, spec.window, node.layer, spec.scale
                 )
             case n.SampleNode():
-                program.add_sample(x[0])
+                program.add_sample(x[0], x[1])
 
     def _value(self, buffer: n.Buffer) -> _C.Value:
         if buffer not in self._values:
@@ -105,6 +106,7 @@ class Emitter:
             node.act,
             node.factor,
             node.softcap,
+            None if node.second_out is None else self._value(node.second_out),
         )
 
     def _add_heads(self, node: n.HeadsNode, x: _C.Value, out: _C.Value | None) -> None:
@@ -130,6 +132,19 @@ class Emitter:
             cosine, sine = ((f(angles) * spec.attention_factor).astype(np.float32) for f in (np.cos, np.sin))
             self._ropes[spec] = self._program.add_rope(cosine, sine, spec.rotary_dim, spec.style == "interleaved")
         return self._ropes[spec]
+
+
+def _vectors(nodes: Sequence[n.Node]) -> Iterator[CheckpointTensor]:
+    """Small tensors that nodes take besides matrices."""
+    for node in nodes:
+        match node:
+            case n.NormNode():
+                found: tuple[CheckpointTensor | None, ...] = (node.weight, node.bias)
+            case n.HeadsNode():
+                found = (node.query_norm, node.key_norm)
+            case _:
+                found = ()
+        yield from (tensor for tensor in found if tensor is not None)
 
 
 def tensor_view(tensor: CheckpointTensor) -> _C.TensorView:

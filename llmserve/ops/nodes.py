@@ -65,6 +65,8 @@ class Node:
 
     reads: list[Buffer] = field(default_factory=list)
     out: Buffer | None = None
+    second_out: Buffer | None = None
+    """The head's: the largest logit of each tile."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -99,9 +101,10 @@ class GatherNode(Node):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class ElementwiseNode(Node):
-    op: Literal["add", "scale", "act", "gated", "forms"]
+    op: Literal["add", "scale", "act", "gated", "forms", "permute"]
     act: ActKind = "silu"
     by: float = 1.0
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

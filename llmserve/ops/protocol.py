@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmserve.types import CheckpointTensor
+from llmserve.types import CheckpointTensor, WeightsOrigin
 
 Value = Any
 """An executor's own handle of an activation, `[num_tokens, …]`; num_tokens is known only at run time."""
@@ -132,6 +132,8 @@ class SamplingState(Protocol):
 
 NO_TOKEN = -1
 """`StepOutput.token_ids` of a row whose masks leave no token to sample."""
+NOT_FINITE = -2
+"""`StepOutput.token_ids` of a row, sampled or scored, whose logits hold a NaN or have no finite maximum."""
 _NO_ROWS = np.empty(0, np.int32)
 _NO_MASKS = np.empty((0, 0), np.uint32)
 
@@ -172,7 +174,7 @@ class StepInput:
 class StepOutput:
     """What a step computed for its logit rows. `top_ids`/`top_logprobs` are padded to the largest `num_logprobs`."""
 
-    token_ids: NDArray[np.int32]  # [R] sampled token, or the target, or NO_TOKEN
+    token_ids: NDArray[np.int32]  # [R] sampled token, or the target, or NO_TOKEN, or NOT_FINITE
     logprobs: NDArray[np.float32]  # [R]; NaN where none was asked for
     ranks: NDArray[np.int32]  # [R]
     top_ids: NDArray[np.int32]  # [R, K]
@@ -249,6 +251,9 @@ class Executor(Protocol):
     weight_bytes: int
     isa: str
     num_threads: int
+    weights_origin: WeightsOrigin
+    image_path: str
+    """Of the packed weights; empty: they are in memory alone."""
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Create the KV cache and the block pool. Raises `OutOfMemory`."""

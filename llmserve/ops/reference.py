@@ -33,7 +33,7 @@ from llmserve.ops.reference_math import Array
 from llmserve.ops.reference_moe import experts as run_experts
 from llmserve.ops.reference_moe import route
 from llmserve.ops.reference_sampler import sample_step
-from llmserve.types import CheckpointTensor
+from llmserve.types import CheckpointTensor, WeightsOrigin
 
 
 class BlockTables(Protocol):
@@ -214,6 +214,8 @@ class ReferenceExecutor:
     """A network in NumPy. `block_pool` appears with `allocate_kv`; a test may set its own object before that."""
 
     isa = "numpy"
+    weights_origin: WeightsOrigin = "memory"
+    image_path = ""
     num_threads = 1
 
     def __init__(self, forward: Forward, config: ExecutorConfig, *, progress: Progress) -> None:

@@ -1,5 +1,7 @@
 """Sampling and log-probabilities of the reference executor. It is the definition that the compiled sampler follows.
 
+A row whose raw logits hold a NaN or have no finite maximum yields `NOT_FINITE` and nothing else, sampled or scored.
+
 Log-probabilities are taken first, of the raw logits: logit - m - log(Σ exp(logit - m)), where m is the largest. A rank
 is 1 + the number of larger logits.
 
@@ -38,7 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmserve.ops import philox
-from llmserve.ops.protocol import NO_TOKEN, SamplingState, StepInput, StepOutput
+from llmserve.ops.protocol import NO_TOKEN, NOT_FINITE, SamplingState, StepInput, StepOutput
 
 
 def sample_step(logits: NDArray[np.float32], step: StepInput) -> StepOutput:
@@ -56,15 +58,21 @@ def sample_step(logits: NDArray[np.float32], step: StepInput) -> StepOutput:
         top_logprobs=np.full((num_rows, width), np.nan, np.float32),
     )
     for row in range(num_rows):
-        target = int(step.targets[row])
-        output.token_ids[row] = target if target >= 0 else sample_row(logits[row], step, row)
-        if step.num_logprobs[row] >= 0 and output.token_ids[row] != NO_TOKEN:
+        output.token_ids[row] = _outcome(logits[row], step, row)
+        if step.num_logprobs[row] >= 0 and output.token_ids[row] >= 0:
             _score_row(logits[row], output, row, count=int(step.num_logprobs[row]))
     for row in range(num_rows):
         state = _state(step, row)
-        if state is not None and output.token_ids[row] != NO_TOKEN:
+        if state is not None and output.token_ids[row] >= 0:
             state.record(int(output.token_ids[row]))
     return output
+
+
+def _outcome(logits: NDArray[np.float32], step: StepInput, row: int) -> int:
+    if not np.isfinite(logits.max()):  # NaN when one of them is
+        return NOT_FINITE
+    target = int(step.targets[row])
+    return target if target >= 0 else sample_row(logits, step, row)
 
 
 def _state(step: StepInput, row: int) -> SamplingState | None:
@@ -72,14 +80,17 @@ def _state(step: StepInput, row: int) -> SamplingState | None:
 
 
 def sample_row(logits: NDArray[np.float32], step: StepInput, row: int) -> int:
-    """The token drawn from one row of logits, [vocab], or NO_TOKEN."""
+    """The token drawn from one row of logits, [vocab], or NO_TOKEN, or NOT_FINITE."""
     state = _state(step, row)
     if state is not None:
         state.rewind(int(step.sample_position[row]))
         logits = edit(logits, state)
     if len(step.mask_rows) and step.mask_rows[row] >= 0:
         logits = np.where(unpack_mask(step.masks[step.mask_rows[row]], len(logits)), logits, np.float32(-np.inf))
-    if (state is not None or len(step.mask_rows)) and logits.max() == -np.inf:
+    largest = logits.max()
+    if np.isnan(largest):
+        return NOT_FINITE
+    if largest == -np.inf:
         return NO_TOKEN
     temperature = float(step.temperature[row])
     if temperature == 0.0:

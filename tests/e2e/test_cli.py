@@ -200,6 +200,7 @@ def test_doctor(model: str) -> None:
         "memory",
         "extension",
         "torch",
+        "packed weights  in memory",
         "KV cache",
         "limited by",
         "to change it",

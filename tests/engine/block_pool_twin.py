@@ -146,6 +146,11 @@ class BlockPoolTwin:
             self._drop(block)
         del self._tables[handle]
 
+    def discard(self, handle: int) -> None:
+        for block in self._find(handle).blocks:
+            self._forget(block)
+        self.release(handle)
+
     def reset_cache(self) -> None:
         self._index.clear()
         self._prefix_of.clear()

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmserve.config import ExecutorConfig
 from llmserve.ops.protocol import StepInput, StepOutput
-from llmserve.types import EngineInfo
+from llmserve.types import EngineInfo, WeightsOrigin
 from tests.engine.block_pool_twin import BlockPoolTwin
 
 VOCAB_SIZE = 97
@@ -35,6 +35,8 @@ class FakeExecutor:
     weight_bytes = 0
     isa = "python"
     num_threads = 1
+    weights_origin: WeightsOrigin = "memory"
+    image_path = ""
 
     def __init__(self, config: ExecutorConfig, num_blocks: int) -> None:
         self.config = config

@@ -162,6 +162,15 @@ class PoolMachine(RuleBasedStateMachine):
         del self.readers[handle]
 
     @precondition(lambda self: self.readers)
+    @rule(number=PICKS)
+    def discard(self, number: int) -> None:
+        handle = self.pick(number)
+        found = self.twin.table(handle)
+        self.both(lambda pool: pool.discard(handle))
+        assert not self.twin._prefix_of.keys() & {*found}
+        del self.readers[handle]
+
+    @precondition(lambda self: self.readers)
     @rule(number=PICKS, size=st.integers(-1, 60))
     def commit_anything(self, number: int, size: int) -> None:
         """Too much is refused; what is not computed yet must not be committed, so stop there."""

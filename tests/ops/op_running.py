@@ -57,10 +57,10 @@ class OpenCpuExecutor:
         )  # fmt: skip
         emitter = Emitter(program, config, exact=config.exact)
         emitter.place(plan.nodes)
-        emitter.pack(plan.nodes, lambda what, done, total: None)
+        weights = emitter.load(plan.nodes, lambda what, done, total: None)
         for node in plan.nodes:
             emitter.add(node)
-        self.executor = CpuExecutor(program, plan.attention, weight_bytes=emitter.weight_bytes)
+        self.executor = CpuExecutor(program, plan.attention, weights, weight_bytes=emitter.weight_bytes)
         self.executor.allocate_kv(16)
         sample = plan.nodes[-1]
         assert isinstance(sample, n.SampleNode)

@@ -69,7 +69,7 @@ def test_biases_that_an_architecture_demands(tmp_path: Path) -> None:
 def test_an_unknown_architecture_is_named(qwen3: Checkpoint) -> None:
     class Other:
         config = replace(qwen3.config, architecture="perceptron")
-        tensors, path, total_bytes = qwen3.tensors, qwen3.path, 0
+        tensors, path, total_bytes, identity = qwen3.tensors, qwen3.path, 0, ""
 
         def release_pages(self) -> None: ...
 

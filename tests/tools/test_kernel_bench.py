@@ -17,7 +17,7 @@ _RUN = (
 )
 _ROOF = '{"record":"roof","name":"dram","threads":2,"per_s":3.2e+10,"low":2.8e+10,"high":3.4e+10}'
 _GEMM = (
-    '{"record":"gemm","type":"q4_0","shape":"llama-3.2-1b","part":"gate_up","n":16384,"k":2048,"m":16,"copies":11,'
+    '{"record":"gemm","type":"q4_0","shape":"llama-3.2-1b","part":"gate_up","n":16384,"k":2048,"m":16,"copies":11,"disturbed":0,'
     '"weight_bytes":18874368,"gemm_s":0.0025,"gemm_s_low":0.0024,"gemm_s_high":0.0027,"call_s":0.0026,'
     '"bytes_per_s":7.5e+09,"ops_per_s":4.2e+11,"dram_share":0.2200,"roof":"int8","roof_share":0.7000}'
 )
@@ -86,6 +86,14 @@ def test_a_layer_is_judged_as_a_whole_and_the_head_alone() -> None:
     assert len(units([small, large, head])) == 2
 
 
+def test_a_layer_with_a_disturbed_matrix_is_not_judged_but_said() -> None:
+    lost = '{"record":"disturbed","type":"q4_0","shape":"llama-3.2-1b","part":"o","m":16}'
+    (disturbed,) = parse([_RUN, lost]).disturbed
+    found = misses([_gemm(16, share=0.2), _gemm(64, share=0.2)], [], [disturbed])
+    assert found[0] == "q4_0 llama-3.2-1b o M=16: disturbed in every round"
+    assert [line.split(":")[0] for line in found[1:]] == ["q4_0 llama-3.2-1b layer M=64"]
+
+
 def test_a_type_without_a_floor_is_said() -> None:
     assert misses([_gemm(1, share=0.9, type="f32")], []) == []
     (line,) = misses([_gemm(1, share=0.9, type="q99")], [])
@@ -108,7 +116,13 @@ def test_text_and_plot_show_every_type() -> None:
     gemms = [_gemm(m, share=0.5 + m / 100, type=name) for name in ("q4_0", "bf16") for m in (1, 4, 16)]
     versus = [Versus(kind="bf16", n=2048, k=2048, m=16, library="other", library_ops_per_s=4e11, ours={"bf16": 3e11})]
     result = Kernels(
-        host=describe_host(), run=printed.run, others_cores=0.0, roofs=printed.roofs, gemms=gemms, versus=versus
+        host=describe_host(),
+        run=printed.run,
+        others_cores=0.0,
+        roofs=printed.roofs,
+        gemms=gemms,
+        disturbed=[],
+        versus=versus,
     )
     shown = report.text(result)
     assert "| q4_0 llama-3.2-1b layer |" in shown
