@@ -1,4 +1,4 @@
-"""Stored tensor → float32, in NumPy. Owns the arithmetic of plain types and of blocks of 32; slow and obvious.
+"""Stored tensor → float32, in NumPy. Owns all arithmetic but that of blocks of 256; slow and obvious.
 
 Little-endian layouts of one block of 32 values along the last axis (`d`, `m` are float16). Codes of 4 bits: byte i
 holds that of value i in its low nibble and that of value i + 16 in its high one. `h`: the fifth bits, one a value.
@@ -10,7 +10,12 @@ holds that of value i in its low nibble and that of value i + 16 in its high one
     q8_0    d | 32 int8               value = d * code
     iq4_nl  d | 16 bytes              value = d * CODEBOOK[code]
 
-Blocks of 256: `dequantize_k`.
+Blocks of 256: `dequantize_k`. Forms that no file has; their blocks have G = 32, 64 or 128 values, each 32 of them as
+16 bytes like above:
+
+    i4_gG   d | G / 2 bytes           value = d * (code - 8)
+    u4_gG   d | m | G / 2 bytes       value = d * code + m
+    i8      a row: its int8 codes, then one float32 scale; value = scale * code
 """
 
 from __future__ import annotations
@@ -31,16 +36,32 @@ def dequantize(tensor: CheckpointTensor) -> NDArray[np.float32]:
         values = np.frombuffer(tensor.data, "<f2").astype(np.float32)
     elif tensor.dtype == "bf16":
         values = (np.frombuffer(tensor.data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    elif tensor.dtype == "i8":
+        rows = np.frombuffer(tensor.data, np.uint8).reshape(-1, tensor.shape[-1] + 4)
+        values = _float32(rows[:, -4:]) * rows[:, :-4].view(np.int8).astype(np.float32)
     else:
         elements, size = BLOCKS[tensor.dtype]
         blocks = np.frombuffer(tensor.data, np.uint8).reshape(-1, size)  # [num_blocks, block bytes]
-        values = _dequantize_32(tensor.dtype, blocks) if elements == 32 else dequantize_k(tensor.dtype, blocks)
+        values = _dequantize_blocks(tensor.dtype, elements, blocks)
     values = values.reshape(tensor.shape)
     if tensor.order is None:
         return values
     ordered = np.empty_like(values)
     ordered[:, list(tensor.order)] = values
     return ordered
+
+
+def _dequantize_blocks(dtype: str, elements: int, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    if dtype.startswith(("i4_", "u4_")):
+        return _dequantize_int4(blocks, elements, symmetric=dtype.startswith("i4_"))
+    return _dequantize_32(dtype, blocks) if elements == 32 else dequantize_k(dtype, blocks)
+
+
+def _dequantize_int4(blocks: NDArray[np.uint8], elements: int, *, symmetric: bool) -> NDArray[np.float32]:
+    packed = np.ascontiguousarray(blocks[:, 2 if symmetric else 4 :]).reshape(-1, 16)
+    codes = _nibbles(packed).astype(np.float32).reshape(-1, elements)
+    d = _half(blocks[:, :2])
+    return d * (codes - np.float32(8)) if symmetric else d * codes + _half(blocks[:, 2:4])
 
 
 def _dequantize_32(dtype: str, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -63,6 +84,10 @@ def _dequantize_32(dtype: str, blocks: NDArray[np.uint8]) -> NDArray[np.float32]
 
 def _half(columns: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.ascontiguousarray(columns).view("<f2").astype(np.float32)
+
+
+def _float32(columns: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(columns).view("<f4").astype(np.float32)
 
 
 def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -23,13 +23,24 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "q6_k": (256, 210),
     "iq4_nl": (32, 18),
     "iq4_xs": (256, 136),
+    "i4_g32": (32, 18),
+    "i4_g64": (64, 34),
+    "i4_g128": (128, 66),
+    "u4_g32": (32, 20),
+    "u4_g64": (64, 36),
+    "u4_g128": (128, 68),
+    "i8": (1, 1),
 }
-"""dtype → (elements of a block, bytes of a block). Blocks lie along the last axis."""
+"""dtype → (elements of a block, bytes of a block). Blocks lie along the last axis; a row of `i8` has its scale behind.
 
-SUPPORTED = ", ".join(BLOCKS)
+`i4_*`, `u4_*` and `i8` are forms that readers bring other layouts into; no file holds them.
+"""
+
+ROW_BYTES = {"i8": 4}
+"""What a row takes beside its blocks."""
 
 
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor. `shape[-1]` must be a multiple of the block."""
     elements, size = BLOCKS[dtype]
-    return math.prod(shape) // elements * size
+    return math.prod(shape) // elements * size + math.prod(shape[:-1]) * ROW_BYTES.get(dtype, 0)

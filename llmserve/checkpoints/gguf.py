@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llmserve.checkpoints.dtypes import BLOCKS, SUPPORTED, num_bytes
+from llmserve.checkpoints.dtypes import BLOCKS, num_bytes
 from llmserve.checkpoints.mapping import MappedFile
 from llmserve.errors import CheckpointError
 
@@ -40,6 +40,8 @@ _OTHER_TYPES: Final = {
     24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
     40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
+
+_SUPPORTED: Final = ", ".join(dtype for dtype in BLOCKS if dtype in _TYPES.values())
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -236,7 +238,7 @@ def _read_tensor_info(cursor: _Cursor, name: str) -> tuple[str, tuple[int, ...],
     dtype = _TYPES.get(kind)
     if dtype is None:
         label = f"type {_OTHER_TYPES.get(kind, f'number {kind}')}"
-        raise CheckpointError(f"{cursor.path}: {label} is not supported yet (tensor {name}); supported: {SUPPORTED}")
+        raise CheckpointError(f"{cursor.path}: {label} is not supported yet (tensor {name}); supported: {_SUPPORTED}")
     return dtype, dims[::-1], offset
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 import numpy as np
 import pytest
@@ -16,17 +17,21 @@ from llmserve.ops import nodes as n
 from llmserve.ops.compiler import Plan
 from llmserve.ops.protocol import AttentionSpec, Executor, Ops, Value
 from llmserve.types import CheckpointTensor
-from tests.ops.bounds import tiny_bound
+from tests.ops.bounds import TINY, precision, tiny_bound
 from tests.ops.networks import VOCAB, Maker
 from tests.ops.op_running import OpenCpuExecutor, available_isas, executor_config
 from tests.ops.running import ARMS, Piece, build_executor, errors, make_step, new_sequence, prompt_logprobs
 from tests.ops.seeds import fresh_seed
 from tests.tiny import checkpoints
-from tests.tiny.models import BLOCK_MODELS, VOCAB_SIZE, prompt_ids
-from tests.tiny.quantizers import BLOCK_TYPES
+from tests.tiny.models import BLOCK_MODELS, VOCAB_SIZE, TinyModel, prompt_ids
+from tests.tiny.quantizers import BLOCK_TYPES, INTEGER_TYPES, quantize_integers
 from tests.tiny.random_blocks import random_tensor
 
 COLUMNS = 768
+INTEGER_MODEL: Final = TinyModel(
+    name="llama_integers", model_type="llama", storage="f32", hidden_size=128, intermediate_size=256
+)
+"""What is quantized to each integer type; rows are whole groups of 128."""
 
 
 def embed_only(maker: Maker, table: CheckpointTensor) -> Forward:
@@ -59,7 +64,7 @@ def looked_up(forward: Forward, token_ids: list[int], isa: str) -> np.ndarray:
     return opened.executor.program.read(opened._values[kept[0]], len(token_ids))
 
 
-@pytest.mark.parametrize("dtype", BLOCK_TYPES)
+@pytest.mark.parametrize("dtype", [*BLOCK_TYPES, *INTEGER_TYPES])
 def test_embeddings_are_looked_up_bit_for_bit(dtype: str) -> None:
     seed = fresh_seed()
     maker = Maker(seed, "bf16")
@@ -84,6 +89,33 @@ def test_whole_models_agree_with_the_reference(name: str, arm: str, tmp_path: Pa
     expected, measured = tables
     assert np.std(expected) > 2  # flat logits would agree with anything
     bound = tiny_bound(model, arm, spread=float(np.std(expected)))
+    found = errors(measured, expected)
+    assert bound.holds(found), f"{found} exceeds {bound}"
+
+
+def as_integers(tensor: CheckpointTensor, dtype: str) -> CheckpointTensor:
+    """Matrices quantized, vectors as they are."""
+    if len(tensor.shape) == 1:
+        return tensor
+    stored = quantize_integers(dequantize(tensor), dtype)
+    return CheckpointTensor(tensor.name, dtype, tensor.shape, memoryview(stored.tobytes()))
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "reference"])
+@pytest.mark.parametrize("dtype", INTEGER_TYPES)
+def test_whole_models_of_integers_agree_with_the_reference(dtype: str, arm: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(checkpoints.write(INTEGER_MODEL, tmp_path))
+    tensors = {name: as_integers(tensor, dtype) for name, tensor in checkpoint.tensors.items()}
+    forward, prompt = load_model(replace(checkpoint, tensors=tensors)), prompt_ids(INTEGER_MODEL)
+    expected, measured = (
+        prompt_logprobs(
+            build_executor(each, checkpoint.config, forward, num_tokens=64, num_blocks=64),
+            prompt, chunks=(1, 17, 23), vocab_size=VOCAB_SIZE,
+        )
+        for each in ("reference", arm)
+    )  # fmt: skip
+    assert np.std(expected) > 2  # flat logits would agree with anything
+    bound = TINY[precision(arm, quantized=True)].times(float(np.std(expected)))
     found = errors(measured, expected)
     assert bound.holds(found), f"{found} exceeds {bound}"
 

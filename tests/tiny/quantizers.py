@@ -24,6 +24,9 @@ GGUF_TYPES: Final = {
 }  # fmt: skip
 BLOCK_TYPES: Final = tuple(name for name in GGUF_TYPES if name not in ("f32", "f16", "bf16"))
 
+INTEGER_TYPES: Final = ("i4_g32", "i4_g64", "i4_g128", "u4_g32", "u4_g64", "u4_g128", "i8")
+"""Forms that no file holds."""
+
 _CODEBOOK: Final = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 
 
@@ -35,6 +38,28 @@ def quantize(values: Floats, dtype: str) -> NDArray[Any]:
     if encode is None:
         return gguf.quants.quantize(values, GGUF_TYPES[dtype])
     return encode(values.reshape(-1, 256)).reshape(*values.shape[:-1], -1)
+
+
+def quantize_integers(values: Floats, dtype: str) -> Bytes:
+    """[rows, columns] → [rows, bytes of a row] of one of `INTEGER_TYPES`. Columns must be whole groups."""
+    if dtype == "i8":
+        scale = (np.abs(values).max(axis=1, keepdims=True) / np.float32(127)).astype("<f4")
+        codes = np.rint(values / np.where(scale == 0, 1, scale)).astype(np.int8)
+        return np.concatenate([codes.view(np.uint8), scale.view(np.uint8)], axis=1)
+    groups = values.reshape(-1, int(dtype[4:]))
+    if dtype.startswith("i4"):
+        d = (_extreme(groups[:, None])[:, 0] / np.float32(-8)).astype("<f2")
+        codes, header = _nearest(groups, _step(d), -8, 7) + 8, [_halves(d)]
+    else:
+        low = groups.min(axis=1).astype("<f2")
+        d = ((groups.max(axis=1) - low.astype(np.float32)) / np.float32(15)).astype("<f2")
+        codes = _nearest(groups - low.astype(np.float32)[:, None], _step(d), 0, 15)
+        header = [_halves(d), _halves(low)]
+    return _joined(*header, _pack_nibbles(codes, 16)).reshape(len(values), -1)
+
+
+def _step(d: NDArray[np.float16]) -> Floats:
+    return d.astype(np.float32)[:, None]
 
 
 def dequantize(stored: NDArray[Any], dtype: str) -> Floats:

@@ -13,6 +13,7 @@ from llmserve.types import CheckpointTensor
 HALVES: Final = {
     "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,), "iq4_nl": (0,), "iq4_xs": (0,),
     "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,),
+    "i4_g32": (0,), "i4_g64": (0,), "i4_g128": (0,), "u4_g32": (0, 2), "u4_g64": (0, 2), "u4_g128": (0, 2),
 }  # fmt: skip
 """Where a block keeps its float16 numbers."""
 
@@ -31,6 +32,11 @@ def random_blocks(rng: np.random.Generator, dtype: str, num_blocks: int) -> NDAr
 
 
 def random_tensor(rng: np.random.Generator, dtype: str, rows: int, columns: int) -> CheckpointTensor:
-    """A matrix of such blocks."""
+    """A matrix of such blocks, or of such bytes with normal scales."""
+    if dtype == "i8":
+        codes = rng.integers(-128, 128, (rows, columns)).astype(np.int8).view(np.uint8)
+        scales = rng.normal(size=(rows, 1)).astype("<f4").view(np.uint8)
+        stored = np.concatenate([codes, scales], axis=1)
+        return CheckpointTensor("test", dtype, (rows, columns), memoryview(stored.tobytes()))
     blocks = random_blocks(rng, dtype, rows * columns // BLOCKS[dtype][0])
     return CheckpointTensor("test", dtype, (rows, columns), memoryview(blocks.tobytes()))
