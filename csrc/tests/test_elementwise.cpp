@@ -255,6 +255,19 @@ TEST(elementwise_quantize_q8_gives_the_high_parts_to_the_first_of_the_largest_st
       }
 }
 
+TEST(elementwise_quantize_q8_sees_what_is_not_finite_wherever_it_stands) {
+  for (const auto& [name, kernels] : tables())
+    for (size_t i = 0; i < 32; ++i)
+      for (const float odd : {INFINITY, -INFINITY, NAN, 1e38f}) {
+        Exact<float> x = random_floats(random, 32);
+        x[i] = odd;
+        Guarded<int8_t> codes(32);
+        Guarded<GroupMeta> meta(1);
+        kernels.quantize_q8(x.data(), codes.data(), meta.data(), 32);
+        check_group(x.data(), codes.data(), meta[0], join(name, " ", odd, " at ", i));
+      }
+}
+
 // The rule's checks reject what a wrong rule would give.
 TEST(elementwise_quantize_q8_checks_reject_planted_mistakes) {
   Exact<float> x = random_floats(random, 32);
