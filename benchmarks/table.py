@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from benchmarks.peers.accuracy import Accuracy
+from benchmarks.peers.perplexity import Perplexities
 from benchmarks.peers.results import OURS, RESULTS, Comparison, Served, Summary, load_comparison
 from benchmarks.plot import Panel, draw
 from llmserve.tools.bench_stats import LevelReport
@@ -25,6 +26,7 @@ BEGIN: Final = "<!-- begin benchmarks: written by benchmarks/table.py -->\n"
 END: Final = "<!-- end benchmarks -->"
 SPEED: Final = RESULTS / "llama_cpp.json"
 ACCURACY: Final = RESULTS / "accuracy.json"
+PERPLEXITY: Final = RESULTS / "perplexity.json"
 PLOT: Final = RESULTS / "llama_cpp.svg"
 _T = TypeVar("_T")
 
@@ -82,6 +84,21 @@ def accuracy_table(result: Accuracy) -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
+def perplexity_table(result: Perplexities) -> str:
+    """Markdown: for each engine the perplexity's difference to float32 and the mean |Δ| of log-probabilities."""
+    names = [engine.engine for engine in result.types[0].engines]
+    lines = [f"| type | float32 | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for one in result.types:
+        cells = [f"{engine.relative:+.2%}, {engine.mean:.4f}" for engine in one.engines]
+        lines.append(f"| {one.type}{' *' if one.widened else ''} | {one.perplexity:.2f} | {' | '.join(cells)} |")
+    note = (
+        "Perplexity in float32; then the relative difference to it and the mean abs. difference of log-probabilities. "
+        f"{result.num_scored} tokens of prose, {result.source.name} in each type; * widened to multiples of 256. "
+        f"{result.host.date[:10]}, commit `{result.host.commit}`."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
 def plot(result: Comparison) -> str:
     """Throughputs as SVG."""
     panels = []
@@ -113,6 +130,8 @@ def written_files() -> dict[Path, str]:
         full += f"\n![throughput](../{PLOT.relative_to(ROOT)})\n"
     if ACCURACY.exists():
         full += "\n" + accuracy_table(msgspec.json.decode(ACCURACY.read_bytes(), type=Accuracy))
+    if PERPLEXITY.exists():
+        full += "\n" + perplexity_table(msgspec.json.decode(PERPLEXITY.read_bytes(), type=Perplexities))
     for path, block in ((ROOT / "README.md", short), (ROOT / "docs" / "benchmarks.md", full)):
         files[path] = with_block(path.read_text(), block)
     return files

@@ -6,7 +6,7 @@ The text is `benchmarks/data/prose.txt`, prose of this project. As llama-perplex
 follow each other, no start token, the second half of each window is scored. Each file is made of the default model by
 the peer's quantizer (`perplexity_models`). The reference runs the same file in float32 (`make reference-env`).
 
-What is compared: a perplexity hides errors of both signs, and at ours its own noise is larger than what a type costs. So
+What is compared: in a perplexity errors of both signs cancel, so that a worse engine can be closer by chance. Therefore
 the bound against the peer is on the mean absolute difference of the scored tokens' log-probabilities from float32; the
 two engines' are compared token by token, and two standard errors of the mean of that pass for noise.
 """
@@ -184,7 +184,8 @@ def read_peer_file(path: Path, windows: list[list[int]]) -> Logprobs:
         raise EngineFault(f"{PEER} keeps its log-probabilities in another form")
     step, lowest = np.moveaxis(np.ascontiguousarray(rows[:, :, :4]).view("<f4"), 2, 0).astype(np.float64)
     codes = np.take_along_axis(rows, token_ids[:, FIRST:, None] + 4, axis=2)[:, :, 0]
-    return (lowest + step * codes).reshape(-1)
+    logprobs: Logprobs = (lowest + step * codes).reshape(-1)
+    return logprobs
 
 
 def measure(setting: Setting, kind: str) -> TypeAccuracy:

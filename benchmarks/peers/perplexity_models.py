@@ -1,9 +1,9 @@
 """The model files of `benchmarks.peers.perplexity`: one for each weight type, all from the default model.
 
-K-quants and IQ4_XS have blocks of 256 along a row; the default model is 576 wide. Such types get the widened model: every
-width is padded with zeros to a multiple of 256, whole heads that write zeros included. A norm over more channels of
-which the new ones are zero differs by the factor sqrt(old / new), which its weight and epsilon take back. So the widened
-model computes what the original does, with the same activations, and each of its matrices can have each type.
+K-quants and IQ4_XS have blocks of 256 along a row; the default model is 576 wide. Such types get the widened model:
+every width is padded with zeros to a multiple of 256, heads that write zeros included. A norm over more channels of
+which the new ones are zero differs by the factor sqrt(old / new), which its weight and epsilon take back. So the
+widened model computes what the original does, with the same activations, and each of its matrices can have each type.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def head_over(x: NDArray[np.float32], weight: CheckpointTensor) -> Forward:
 
 
 def steps(x: Array, dtype: str) -> Array:
-    """The step of each activation's code, [T, COLUMNS]: for `i8` one for the row. For all others one for a group of 32:
-    that of the largest value outside the four that hold the group's largest, and no less than 1 / 15.5 of the latter."""
+    """The step of each activation's code, [T, COLUMNS]. For `i8` one for the row, else one for a group of 32: that of
+    the largest value outside the four that hold the group's largest one, and no less than 1 / 15.5 of the latter."""
     if dtype == "i8":
         return np.broadcast_to(np.abs(x).max(axis=1, keepdims=True) / 127, x.shape)
     fours = np.sort(np.abs(x).reshape(len(x), -1, 8, 4).max(axis=3), axis=2)
@@ -92,7 +92,8 @@ def one_step_for_a_group(x: Array) -> Array:
 
 def rounding(w: Array, step: Array) -> Array:
     """RMS error of each row of x · wᵀ, [T, 1]."""
-    return np.sqrt((step**2 / 12 @ (w**2).T).mean(axis=1, keepdims=True))
+    errors: Array = np.sqrt((step**2 / 12 @ (w**2).T).mean(axis=1, keepdims=True))
+    return errors
 
 
 def half_scales(x: Array, w: Array, dtype: str) -> Array:
@@ -104,7 +105,8 @@ def half_scales(x: Array, w: Array, dtype: str) -> Array:
     least = groups_w.min(axis=2, keepdims=True) if dtype in ("q2_k", "q4_k", "q5_k") else 0.0
     scaled = np.einsum("tgk,ngk->tng", groups_x, groups_w - least)
     added = np.einsum("tgk,ngk->tng", groups_x, least + np.zeros_like(groups_w))
-    return HALF * np.sqrt((scaled**2 + added**2).sum(axis=2).mean(axis=1, keepdims=True))
+    errors: Array = HALF * np.sqrt((scaled**2 + added**2).sum(axis=2).mean(axis=1, keepdims=True))
+    return errors
 
 
 def rms(values: Array) -> float:

@@ -44,8 +44,8 @@ def quantize_integers(values: Floats, dtype: str) -> Bytes:
     """[rows, columns] → [rows, bytes of a row] of one of `INTEGER_TYPES`. Columns must be whole groups."""
     if dtype == "i8":
         scale = (np.abs(values).max(axis=1, keepdims=True) / np.float32(127)).astype("<f4")
-        codes = np.rint(values / np.where(scale == 0, 1, scale)).astype(np.int8)
-        return np.concatenate([codes.view(np.uint8), scale.view(np.uint8)], axis=1)
+        signed = np.rint(values / np.where(scale == 0, 1, scale)).astype(np.int8)
+        return np.concatenate([signed.view(np.uint8), scale.view(np.uint8)], axis=1)
     groups = values.reshape(-1, int(dtype[4:]))
     if dtype.startswith("i4"):
         d = (_extreme(groups[:, None])[:, 0] / np.float32(-8)).astype("<f2")
