@@ -1,10 +1,10 @@
 // Integer GEMM tiles for AVX2.
 //
-// Codes of up to 6 bits: vpmaddubsw with the weights as the unsigned operand in registers and four activations broadcast.
-// Sums of several products fit 16 bits (8 of 4-bit codes, that is a whole group; 4 of 5 bits; 2 of 6), so that widening
-// to 32 bits is rare. Codes of 8 bits: their even and odd bytes become 16-bit words and meet vpmaddwd with activations
-// widened once for 64 channels, whose words hold the high parts as well. Rows x 16 channels share the loads; float
-// accumulators stay in the output, in L1.
+// Codes of up to 6 bits: vpmaddubsw with the weights as the unsigned operand in registers and four activations
+// broadcast. Sums of several products fit 16 bits (8 of 4-bit codes, that is a whole group; 4 of 5 bits; 2 of 6), so
+// that widening to 32 bits is rare. Codes of 8 bits: their even and odd bytes become 16-bit words and meet vpmaddwd
+// with activations widened once for 64 channels, whose words hold the high parts as well. Rows x 16 channels share the
+// loads; float accumulators stay in the output, in L1.
 #include <immintrin.h>
 
 #include "cpu/kernel_table.h"
@@ -17,7 +17,7 @@ constexpr int kVectors = 8;  // ymm of 8 channels in a tile
 constexpr int kLanes = 8;
 constexpr int kSteps = kGroup / 4;
 constexpr int64_t kStepBytes = kTile * 4;
-constexpr int64_t kChunk = 8;     // groups whose codes stay in L1 for all rows
+constexpr int64_t kChunk = 8;       // groups whose codes stay in L1 for all rows
 constexpr int kWords = kGroup / 2;  // pairs of 16-bit activations in a group
 constexpr int kBlockRows = 4;
 constexpr size_t kPrefetchBytes = 2048;
@@ -166,8 +166,8 @@ inline void each_step(const uint8_t* codes, int part, int vector, bool streams, 
   }
 }
 
-// Dot products of a group of codes of up to 6 bits (or of half of it) with the low parts: `shorts` are to be widened and
-// added to `sums`.
+// Dot products of a group of codes of up to 6 bits (or of half of it) with the low parts: `shorts` are to be widened
+// and added to `sums`.
 template <Kind K, int kRows, int kWidth>
 struct ByteDots {
   static constexpr PackedFormat kFormat = K.format;
@@ -180,7 +180,7 @@ struct ByteDots {
   void set(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector) {
     const int8_t* x = rows.x + group * kGroup;
     const __m256i ones = _mm256_set1_epi16(1);
-    each_step<kFormat, kWidth>(codes, part, vector, kRows <= 2, [&](int i, int step, const __m256i (&lines)[kWidth]) {
+    each_step<kFormat, kWidth>(codes, part, vector, kRows <= 2, [&](int i, int step, const __m256i(&lines)[kWidth]) {
       for (int r = 0; r < kRows; ++r) {
         const __m256i four = broadcast4(x + r * rows.x_stride + step * 4);
         for (int v = 0; v < kWidth; ++v) {
@@ -232,7 +232,7 @@ struct WordDots {
       const __m256i zero = _mm256_slli_epi32(_mm256_set1_epi32(rows.at(r, group).negative_sum), F.zero_shift);
       for (int v = 0; v < kWidth; ++v) sums[r][v] = zero;
     }
-    each_step<F, kWidth>(codes, 0, vector, kRows <= 2, [&](int, int step, const __m256i (&lines)[kWidth]) {
+    each_step<F, kWidth>(codes, 0, vector, kRows <= 2, [&](int, int step, const __m256i(&lines)[kWidth]) {
       __m256i even[kWidth], odd[kWidth];
       for (int v = 0; v < kWidth; ++v) {
         even[v] = _mm256_and_si256(lines[v], low);
@@ -318,8 +318,7 @@ inline void wide_block(const Rows& rows, int64_t group, const uint8_t* block, in
       __m256i sums[kWidth];
       dots.row_sums(rows, r, group + i, 0, block, vector, sums);
       for (int v = 0; v < kWidth; ++v)
-        parts[r][v] =
-            _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[v]), scale, i == 0 ? _mm256_setzero_ps() : parts[r][v]);
+        parts[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[v]), scale, i == 0 ? _mm256_setzero_ps() : parts[r][v]);
     }
   }
   end_block<F>(rows, group, block, vector, parts, out, out_stride);
@@ -327,8 +326,8 @@ inline void wide_block(const Rows& rows, int64_t group, const uint8_t* block, in
 
 // Groups [first, end) of kRows rows and the channels from `vector` on; `block` is at `first`.
 template <Kind K, int kRows>
-inline void multiply_band(const Rows& rows, const int32_t* words, const uint8_t* block, int64_t first,
-                          int64_t end, int vector, float* out, int64_t out_stride) {
+inline void multiply_band(const Rows& rows, const int32_t* words, const uint8_t* block, int64_t first, int64_t end,
+                          int vector, float* out, int64_t out_stride) {
   constexpr PackedFormat F = K.format;
   constexpr int kWidth = channel_vectors(kRows);
   for (int64_t group = first; group < end; group += block_groups(F), block += packed_block_bytes(F)) {
@@ -391,7 +390,8 @@ void unpack_format(const uint8_t* block, int64_t num_groups, uint8_t* out) {
 void clear_out(const TileArgs& args) {
   if (args.first_group != 0) return;
   for (int r = 0; r < args.rows; ++r)
-    for (int v = 0; v < kVectors; ++v) _mm256_storeu_ps(args.out + r * args.out_stride + v * kLanes, _mm256_setzero_ps());
+    for (int v = 0; v < kVectors; ++v)
+      _mm256_storeu_ps(args.out + r * args.out_stride + v * kLanes, _mm256_setzero_ps());
 }
 
 // Calls use(first group, its end, its block) chunk by chunk.
@@ -409,9 +409,8 @@ template <PackedType kType>
 void gemm_unpacked(const TileArgs& args) {
   constexpr Kind K = unpacked_kind(packed_kind(kType));
   clear_out(args);
-  each_chunk<K.format>(args, [&](int64_t first, int64_t end, const uint8_t* block) {
-    multiply_chunk<K>(args, block, first, end);
-  });
+  each_chunk<K.format>(
+      args, [&](int64_t first, int64_t end, const uint8_t* block) { multiply_chunk<K>(args, block, first, end); });
 }
 
 // Up to this many rows unpacking codes in registers, band by band, costs less than storing them in L1.
