@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -23,19 +24,19 @@ from tests.ops.seeds import fresh_seed
 from tests.tiny import checkpoints
 from tests.tiny.models import MODELS, VOCAB_SIZE, prompt_ids
 
-NAME = "llama_gguf_q4_0"
+MODEL = replace(MODELS["llama_gguf_q4_0"], norm_eps=0.3)  # an epsilon that counts
 FILE = ModelFile(name="m", sha256="0", num_bytes=1)
 
 
 def reference_logprobs(path: Path) -> np.ndarray:
     checkpoint = open_checkpoint(path)
     executor = build_executor("reference", checkpoint.config, load_model(checkpoint), num_tokens=64, num_blocks=64)
-    prompt = prompt_ids(MODELS[NAME])
+    prompt = prompt_ids(MODEL)
     return prompt_logprobs(executor, prompt, chunks=(len(prompt),), vocab_size=VOCAB_SIZE)
 
 
 def test_the_widened_model_computes_the_same(tmp_path: Path) -> None:
-    source, wide = checkpoints.write(MODELS[NAME], tmp_path), tmp_path / "wide.gguf"
+    source, wide = checkpoints.write(MODEL, tmp_path), tmp_path / "wide.gguf"
     write_float32(source, wide, widen=True)
     expected, found = reference_logprobs(source), reference_logprobs(wide)
     assert np.std(expected) > 2
@@ -46,7 +47,7 @@ def test_the_widened_model_computes_the_same(tmp_path: Path) -> None:
 
 
 def test_a_file_in_float32_has_the_source_s_weights(tmp_path: Path) -> None:
-    source, plain = checkpoints.write(MODELS[NAME], tmp_path), tmp_path / "plain.gguf"
+    source, plain = checkpoints.write(MODEL, tmp_path), tmp_path / "plain.gguf"
     write_float32(source, plain, widen=False)
     assert set(count_types(plain)) == {"F32"}
     expected = open_checkpoint(source).tensors
