@@ -17,6 +17,7 @@ import msgspec
 
 from benchmarks.peers.accuracy import Accuracy
 from benchmarks.peers.perplexity import Perplexities
+from benchmarks.peers.perplexity_models import MIXED
 from benchmarks.peers.results import OURS, RESULTS, Comparison, Served, Summary, load_comparison
 from benchmarks.plot import Panel, draw
 from llmserve.tools.bench_stats import LevelReport
@@ -90,10 +91,12 @@ def perplexity_table(result: Perplexities) -> str:
     lines = [f"| type | float32 | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for one in result.types:
         cells = [f"{engine.relative:+.2%}, {engine.mean:.4f}" for engine in one.engines]
-        lines.append(f"| {one.type}{' *' if one.widened else ''} | {one.perplexity:.2f} | {' | '.join(cells)} |")
+        held = ", ".join(f"{count} {name}" for name, count in one.tensor_types.items() if name != "F32")
+        name = f"{one.type}{' *' if one.widened else ''}{f' ({held})' if one.type in MIXED else ''}"
+        lines.append(f"| {name} | {one.perplexity:.2f} | {' | '.join(cells)} |")
     note = (
         "Perplexity in float32; then the relative difference to it and the mean abs. difference of log-probabilities. "
-        f"{result.num_scored} tokens of prose, {result.source.name} in each type; * widened to multiples of 256. "
+        f"{min(one.num_scored for one in result.types)} or more of {result.num_scored} tokens of prose, {result.source.name} in each type; * widened to multiples of 256. "
         f"{result.host.date[:10]}, commit `{result.host.commit}`."
     )
     return "\n".join([*lines, "", note]) + "\n"

@@ -8,7 +8,8 @@ the peer's quantizer (`perplexity_models`). The reference runs the same file in 
 
 What is compared: in a perplexity errors of both signs cancel, so that a worse engine can be closer by chance. Therefore
 the bound against the peer is on the mean absolute difference of the scored tokens' log-probabilities from float32; the
-two engines' are compared token by token, and two standard errors of the mean of that pass for noise.
+two engines' are compared token by token, and two standard errors of the mean of that pass for noise. llama-perplexity
+keeps no log-probability more than 16 below that of the most likely token; such tokens are left out for everybody.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class TypeAccuracy(msgspec.Struct, frozen=True, kw_only=True):
     tensor_types: dict[str, int]
     """Tensors of each type in the file."""
     widened: bool
+    num_scored: int
+    """Of the scored tokens those that all engines told."""
     perplexity: float
     """Of float32 on the dequantized weights."""
     engines: list[Distance]
@@ -171,7 +174,7 @@ def read_peer_file(path: Path, windows: list[list[int]]) -> Logprobs:
 
     The file: `_logits_`, int32 window, vocabulary, number of windows, the tokens; then for each scored token a float32
     step and a float32 lowest log-probability, and for each entry of the vocabulary a uint16 in steps above the lowest.
-    A step is 16 / 65535 or less.
+    A step is 16 / 65535 or less. Code 0 stands for all that is not above the lowest: not told, NaN here.
     """
     content = np.memmap(path, np.uint8, "r")
     window, vocab, count = content[8:20].view("<i4").tolist()
@@ -184,7 +187,7 @@ def read_peer_file(path: Path, windows: list[list[int]]) -> Logprobs:
         raise EngineFault(f"{PEER} keeps its log-probabilities in another form")
     step, lowest = np.moveaxis(np.ascontiguousarray(rows[:, :, :4]).view("<f4"), 2, 0).astype(np.float64)
     codes = np.take_along_axis(rows, token_ids[:, FIRST:, None] + 4, axis=2)[:, :, 0]
-    logprobs: Logprobs = (lowest + step * codes).reshape(-1)
+    logprobs: Logprobs = np.where(codes == 0, np.nan, lowest + step * codes).reshape(-1)
     return logprobs
 
 
@@ -210,7 +213,9 @@ def measure(setting: Setting, kind: str) -> TypeAccuracy:
 def judge(
     kind: str, file: ModelFile, types: dict[str, int], widened: bool, reference: Logprobs, told: dict[str, Logprobs]
 ) -> TypeAccuracy:
-    """Distances of all engines from float32."""
+    """Distances of all engines from float32, over the tokens that the peer tells."""
+    known = ~np.isnan(told[PEER])
+    reference, told = reference[known], {name: logprobs[known] for name, logprobs in told.items()}
     errors = {name: np.abs(logprobs - reference) for name, logprobs in told.items()}
     excess = errors[OURS] - errors[PEER]
     return TypeAccuracy(
@@ -218,6 +223,7 @@ def judge(
         model=file,
         tensor_types=types,
         widened=widened,
+        num_scored=reference.size,
         perplexity=round(math.exp(-reference.mean()), 4),
         engines=[
             Distance(

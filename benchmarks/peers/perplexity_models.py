@@ -27,6 +27,9 @@ TYPES: Final = {
     "Q2_K": BLOCK, "Q3_K_S": BLOCK, "Q4_K_S": BLOCK, "Q5_K_S": BLOCK, "Q6_K": BLOCK, "IQ4_XS": BLOCK,
 }  # fmt: skip
 """The quantizer's names, and the values of a block."""
+MIXED: Final = ("Q2_K",)
+"""Nothing of so small a model is left (a perplexity of 1e5) when all its matrices have this type: the file is the
+quantizer's own mixture with larger ones."""
 
 Floats = NDArray[np.float32]
 
@@ -117,8 +120,9 @@ def _padded(values: Floats, shape: tuple[int, ...], old: Widths, new: Widths) ->
 
 
 def quantize(binaries: Path, source: Path, target: Path, kind: str) -> None:
-    """All matrices of `source` in one type, by the peer's quantizer. Raises `EngineFault`."""
-    command = [binaries / "llama-quantize", "--pure", source, target, kind]
+    """All matrices of `source` in one type, but for `MIXED`, by the peer's quantizer. Raises `EngineFault`."""
+    pure = [] if kind in MIXED else ["--pure"]
+    command = [binaries / "llama-quantize", *pure, source, target, kind]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise EngineFault(f"{PEER}: no {kind}: {done.stderr[-1000:] or done.stdout[-1000:]}")
