@@ -23,10 +23,10 @@ inline __m512 load_f16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 // One or two rows wait for memory: what comes next goes to L1. More rows compute meanwhile: the next chunk goes to L2.
-template <int kRows>
+template <bool kNear>
 inline void prefetch(const uint8_t* line, size_t ahead) {
   if (ahead == 0) return;
-  if (kRows <= 2)
+  if (kNear)
     _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T0);
   else
     _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T1);
@@ -140,7 +140,7 @@ inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* c
       __m512i lines[kWidth];
       for (int v = 0; v < kWidth; ++v) {
         const uint8_t* line = codes + step * kStepBytes + (vector + v) * 64;
-        prefetch<kRows>(line, ahead);
+        prefetch<kWidth == kVectors>(line, ahead);
         lines[v] = load(line);
       }
       add(step, lines);
@@ -151,7 +151,7 @@ inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* c
       __m512i first[kWidth], second[kWidth];
       for (int v = 0; v < kWidth; ++v) {
         const uint8_t* line = codes + step * kStepBytes + (vector + v) * 64;
-        if (part == 0) prefetch<kRows>(line, ahead);
+        if (part == 0) prefetch<kWidth == kVectors>(line, ahead);
         Codes<F>::pair(codes, step, vector + v, first[v], second[v]);
       }
       if (F.group != 16 || part == 0) add(step, first);
@@ -260,23 +260,24 @@ struct Chunk {
   size_t ahead;  // bytes to what the first rows read ahead of themselves, 0: nothing
 };
 
-template <PackedFormat F, int kRows>
+template <PackedFormat F, int kRows, int kWidth = kRows <= 2 ? kVectors : 2>
 void multiply_rows(const TileArgs& args, const Chunk& chunk, int row) {
-  constexpr int kWidth = kRows <= 2 ? kVectors : 2;
   float* out = args.out + row * args.out_stride;
   if (chunk.first == 0) clear_rows<kRows>(args, out);
   const Rows rows = rows_from(args, row);
   for (int vector = 0; vector < kVectors; vector += kWidth)
     multiply_band<F, kRows, kWidth>(args, rows, chunk.block, chunk.first, chunk.end, vector,
-                                    kRows <= 2 ? kPrefetchBytes
-                                    : row == 0 ? chunk.ahead
-                                               : 0,
+                                    kWidth == kVectors && (kRows <= 2 || row == 0) ? kPrefetchBytes
+                                    : row == 0                                     ? chunk.ahead
+                                                                                   : 0,
                                     out);
 }
 
 template <PackedFormat F>
 void multiply_chunk(const TileArgs& args, const Chunk& chunk) {
   int row = 0;
+  if (F.bits < 8 && args.rows <= 8)  // all channels at once: what is read from memory is read in one line
+    for (; row + 4 <= args.rows; row += 4) multiply_rows<F, 4, kVectors>(args, chunk, row);
   for (; row + 6 <= args.rows; row += 6) multiply_rows<F, 6>(args, chunk, row);
   switch (args.rows - row) {
     case 5: return multiply_rows<F, 5>(args, chunk, row);
@@ -353,7 +354,7 @@ void i8_columns(const TileArgs& args, int row, int vector) {
   for (int64_t step = 0; step < steps; ++step, line += kStepBytes) {
     __m512i codes[kWidth];
     for (int v = 0; v < kWidth; ++v) {
-      if (kRows <= 4) prefetch<kRows>(line + v * 64, kPrefetchBytes);
+      if (kRows <= 4) prefetch<true>(line + v * 64, kPrefetchBytes);
       codes[v] = load(line + v * 64);
     }
     for (int r = 0; r < kRows; ++r) {
