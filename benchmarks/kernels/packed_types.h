@@ -1,4 +1,4 @@
-// What the benchmark needs to know of each packed type. 
+// What the benchmark needs to know of each packed type.
 #pragma once
 
 #include <string>

@@ -341,6 +341,7 @@ void bind_program(py::module_& module) {
                times[py::str(time.kind)] = py::make_tuple(time.seconds, time.count);
              return times;
            })
+      .def_property_readonly("last_start_s", &Program::last_start_s)
       .def_property_readonly("isa", [](const Program& self) { return self.kernels().name; })
       .def_property_readonly("num_threads", &Program::num_threads);
 

@@ -32,11 +32,11 @@ enum class DType : uint8_t {
   kI8,  // INT8 per channel: a row's bytes, then its float32 scale
 };
 
-constexpr DType kDTypes[] = {
-    DType::kF32,     DType::kF16,     DType::kBF16,   DType::kQ4_0,   DType::kQ4_1,    DType::kQ5_0,
-    DType::kQ5_1,    DType::kQ8_0,    DType::kQ2_K,   DType::kQ3_K,   DType::kQ4_K,    DType::kQ5_K,
-    DType::kQ6_K,    DType::kIQ4_NL,  DType::kIQ4_XS, DType::kI4_G32, DType::kI4_G64,  DType::kI4_G128,
-    DType::kU4_G32,  DType::kU4_G64,  DType::kU4_G128, DType::kI8};
+constexpr DType kDTypes[] = {DType::kF32,     DType::kF16,    DType::kBF16,    DType::kQ4_0,   DType::kQ4_1,
+                             DType::kQ5_0,    DType::kQ5_1,   DType::kQ8_0,    DType::kQ2_K,   DType::kQ3_K,
+                             DType::kQ4_K,    DType::kQ5_K,   DType::kQ6_K,    DType::kIQ4_NL, DType::kIQ4_XS,
+                             DType::kI4_G32,  DType::kI4_G64, DType::kI4_G128, DType::kU4_G32, DType::kU4_G64,
+                             DType::kU4_G128, DType::kI8};
 
 struct DTypeInfo {
   const char* name;

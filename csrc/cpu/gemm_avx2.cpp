@@ -1,10 +1,10 @@
 // Integer GEMM tiles for AVX2.
 //
-// Codes of up to 6 bits: vpmaddubsw with the weights as the unsigned operand in registers and four activations broadcast.
-// Sums of several products fit 16 bits (8 of 4-bit codes, that is a whole group; 4 of 5 bits; 2 of 6), so that widening
-// to 32 bits is rare. Codes of 8 bits: their even and odd bytes become 16-bit words and meet vpmaddwd with activations
-// widened once for 64 channels, whose words hold the high parts as well. Rows x 16 channels share the loads; float
-// accumulators stay in the output, in L1.
+// Codes of up to 6 bits: vpmaddubsw with the weights as the unsigned operand in registers and four activations
+// broadcast. Sums of several products fit 16 bits (8 of 4-bit codes, that is a whole group; 4 of 5 bits; 2 of 6), so
+// that widening to 32 bits is rare. Codes of 8 bits: their even and odd bytes become 16-bit words and meet vpmaddwd
+// with activations widened once for 64 channels, whose words hold the high parts as well. Rows x 16 channels share the
+// loads; float accumulators stay in the output, in L1.
 #include <immintrin.h>
 
 #include "cpu/kernel_table.h"
@@ -17,7 +17,7 @@ constexpr int kVectors = 8;  // ymm of 8 channels in a tile
 constexpr int kLanes = 8;
 constexpr int kSteps = kGroup / 4;
 constexpr int64_t kStepBytes = kTile * 4;
-constexpr int64_t kChunk = 8;     // groups whose codes stay in L1 for all rows
+constexpr int64_t kChunk = 8;       // groups whose codes stay in L1 for all rows
 constexpr int kWords = kGroup / 2;  // pairs of 16-bit activations in a group
 constexpr int kBlockRows = 4;
 constexpr size_t kPrefetchBytes = 2048;
@@ -33,6 +33,9 @@ inline __m256i broadcast4(const void* p) {
   return _mm256_set1_epi32(four);
 }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes), _MM_HINT_T0); }
+
+// Has the compiler finish a sum here: it would rather keep many products for later, more than there are registers.
+inline void settle(__m256i& sum) { __asm__("" : "+x"(sum)); }
 
 constexpr int channel_vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 
@@ -163,99 +166,119 @@ inline void each_step(const uint8_t* codes, int part, int vector, bool streams, 
   }
 }
 
-// Adds what is not the low parts' dot products: the high parts and the zero point.
-template <PackedFormat F, int kRows, int kWidth>
-inline void add_high(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector,
-                     __m256i (&sums)[kRows][kWidth]) {
-  const __m256i times = _mm256_set1_epi16(1 << kHighShift);
-  for (int r = 0; r < kRows; ++r) {
+// Dot products of a group of codes of up to 6 bits (or of half of it) with the low parts: `shorts` are to be widened
+// and added to `sums`.
+template <Kind K, int kRows, int kWidth>
+struct ByteDots {
+  static constexpr PackedFormat kFormat = K.format;
+  static constexpr int kCount = kSteps / block_parts(kFormat);
+  static constexpr int kFit = K.code_bits == 4 ? 8 : K.code_bits == 5 ? 4 : 2;  // products of two that 16 bits hold
+
+  __m256i shorts[kRows][kWidth];
+  __m256i sums[kRows][kWidth];
+
+  void set(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector) {
+    const int8_t* x = rows.x + group * kGroup;
+    const __m256i ones = _mm256_set1_epi16(1);
+    each_step<kFormat, kWidth>(codes, part, vector, kRows <= 2, [&](int i, int step, const __m256i(&lines)[kWidth]) {
+      for (int r = 0; r < kRows; ++r) {
+        const __m256i four = broadcast4(x + r * rows.x_stride + step * 4);
+        for (int v = 0; v < kWidth; ++v) {
+          if (i != 0 && i % kFit == 0) {
+            const __m256i wide = _mm256_madd_epi16(shorts[r][v], ones);
+            sums[r][v] = i == kFit ? wide : _mm256_add_epi32(sums[r][v], wide);
+          }
+          const __m256i product = _mm256_maddubs_epi16(lines[v], four);
+          shorts[r][v] = i % kFit == 0 ? product : _mm256_add_epi16(shorts[r][v], product);
+          settle(shorts[r][v]);
+        }
+      }
+    });
+  }
+
+  // With the high parts and the zero point.
+  void row_sums(const Rows& rows, int r, int64_t group, int part, const uint8_t* codes, int vector,
+                __m256i (&out)[kWidth]) const {
     const GroupMeta& meta = rows.at(r, group);
     int32_t high = meta.high, negative_sum = meta.negative_sum;
-    if constexpr (F.group == 16) {
+    if constexpr (kFormat.group == 16) {
       const int32_t second = -(meta.high_step >> 2);  // all bits where the step is one of 4..7
       high &= part == 0 ? ~second : second;
       negative_sum = part == 0 ? meta.negative_first_sum : meta.negative_sum - meta.negative_first_sum;
     }
     const __m256i four = _mm256_set1_epi32(high);
-    const __m256i zero = _mm256_slli_epi32(_mm256_set1_epi32(negative_sum), F.zero_shift);
+    const __m256i zero = _mm256_slli_epi32(_mm256_set1_epi32(negative_sum), kFormat.zero_shift);
+    const __m256i ones = _mm256_set1_epi16(1), times = _mm256_set1_epi16(1 << kHighShift);
     for (int v = 0; v < kWidth; ++v) {
-      const __m256i line = Codes<F>::one(codes, meta.high_step, vector + v);
-      sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(_mm256_maddubs_epi16(line, four), times));
-      if constexpr (!F.minimum) sums[r][v] = _mm256_add_epi32(sums[r][v], zero);
+      const __m256i line = Codes<kFormat>::one(codes, meta.high_step, vector + v);
+      out[v] = _mm256_madd_epi16(_mm256_maddubs_epi16(line, four), times);
+      out[v] = _mm256_add_epi32(out[v], _mm256_madd_epi16(shorts[r][v], ones));
+      if constexpr (kCount > kFit) out[v] = _mm256_add_epi32(out[v], sums[r][v]);
+      if constexpr (!kFormat.minimum) out[v] = _mm256_add_epi32(out[v], zero);
     }
   }
-}
+};
 
-// Integer sums of a group (or of half of it) of codes of up to 6 bits.
+// The same of codes of 8 bits, from activations widened to words, which have the high parts in them.
 template <Kind K, int kRows, int kWidth>
-inline void byte_sums(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector,
-                      __m256i (&sums)[kRows][kWidth]) {
-  constexpr PackedFormat F = K.format;
-  constexpr int kFit = K.code_bits == 4 ? 8 : K.code_bits == 5 ? 4 : 2;  // products of two that 16 bits hold
-  constexpr int kCount = kSteps / block_parts(F);
-  const int8_t* x = rows.x + group * kGroup;
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256i shorts[kRows][kWidth];
-  each_step<F, kWidth>(codes, part, vector, kRows <= 2, [&](int i, int step, const __m256i (&lines)[kWidth]) {
+struct WordDots {
+  __m256i sums[kRows][kWidth];
+
+  void set(const Rows& rows, int64_t group, const int32_t* words, const uint8_t* codes, int vector) {
+    constexpr PackedFormat F = K.format;
+    static_assert(F.group == kGroup && !F.minimum);
+    const __m256i low = _mm256_set1_epi16(255);
     for (int r = 0; r < kRows; ++r) {
-      const __m256i four = broadcast4(x + r * rows.x_stride + step * 4);
-      for (int v = 0; v < kWidth; ++v) {
-        const __m256i product = _mm256_maddubs_epi16(lines[v], four);
-        shorts[r][v] = i % kFit == 0 ? product : _mm256_add_epi16(shorts[r][v], product);
-        if (i % kFit != kFit - 1 && i != kCount - 1) continue;
-        const __m256i wide = _mm256_madd_epi16(shorts[r][v], ones);
-        sums[r][v] = i < kFit ? wide : _mm256_add_epi32(sums[r][v], wide);
-      }
+      const __m256i zero = _mm256_slli_epi32(_mm256_set1_epi32(rows.at(r, group).negative_sum), F.zero_shift);
+      for (int v = 0; v < kWidth; ++v) sums[r][v] = zero;
     }
-  });
-  add_high<F>(rows, group, part, codes, vector, sums);
-}
-
-// The same of codes of 8 bits; `words` are the group's activations.
-template <Kind K, int kRows, int kWidth>
-inline void word_sums(const Rows& rows, int64_t group, const int32_t (*words)[kChunk][kWords], const uint8_t* codes,
-                      int vector, __m256i (&sums)[kRows][kWidth]) {
-  constexpr PackedFormat F = K.format;
-  static_assert(block_parts(F) == 1 && !F.minimum);
-  const __m256i low = _mm256_set1_epi16(255);
-  for (int r = 0; r < kRows; ++r) {
-    const __m256i zero = _mm256_slli_epi32(_mm256_set1_epi32(rows.at(r, group).negative_sum), F.zero_shift);
-    for (int v = 0; v < kWidth; ++v) sums[r][v] = zero;
+    each_step<F, kWidth>(codes, 0, vector, kRows <= 2, [&](int, int step, const __m256i(&lines)[kWidth]) {
+      __m256i even[kWidth], odd[kWidth];
+      for (int v = 0; v < kWidth; ++v) {
+        even[v] = _mm256_and_si256(lines[v], low);
+        odd[v] = _mm256_srli_epi16(lines[v], 8);
+      }
+      for (int r = 0; r < kRows; ++r) add_words(words + r * kChunk * kWords + step, even, odd, sums[r]);
+    });
   }
-  each_step<F, kWidth>(codes, 0, vector, kRows <= 2, [&](int, int step, const __m256i (&lines)[kWidth]) {
-    __m256i even[kWidth], odd[kWidth];
+
+  static void add_words(const int32_t* pairs, const __m256i (&even)[kWidth], const __m256i (&odd)[kWidth],
+                        __m256i (&row)[kWidth]) {
+    const __m256i even_x = broadcast4(pairs), odd_x = broadcast4(pairs + kSteps);
     for (int v = 0; v < kWidth; ++v) {
-      even[v] = _mm256_and_si256(lines[v], low);
-      odd[v] = _mm256_srli_epi16(lines[v], 8);
+      row[v] = _mm256_add_epi32(row[v], _mm256_madd_epi16(even[v], even_x));
+      settle(row[v]);
+      row[v] = _mm256_add_epi32(row[v], _mm256_madd_epi16(odd[v], odd_x));
+      settle(row[v]);
     }
-    for (int r = 0; r < kRows; ++r) {
-      const __m256i even_x = broadcast4(words[r][0] + step), odd_x = broadcast4(words[r][0] + step + kSteps);
-      for (int v = 0; v < kWidth; ++v) {
-        sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(even[v], even_x));
-        sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(odd[v], odd_x));
-      }
-    }
-  });
-}
+  }
+
+  void row_sums(const Rows&, int r, int64_t, int, const uint8_t*, int, __m256i (&out)[kWidth]) const {
+    for (int v = 0; v < kWidth; ++v) out[v] = sums[r][v];
+  }
+};
 
 // Groups of up to 32: out += scale_w * scale_x * sum (+ minimum * sum of x).
-template <PackedFormat F, int kRows, int kWidth>
-inline void add_scaled(const Rows& rows, int64_t group, int part, const uint8_t* tables, int vector,
-                       const __m256i (&sums)[kRows][kWidth], float* out, int64_t out_stride) {
-  const uint8_t* scales = tables + static_cast<size_t>(part) * kTableBytes;
+template <PackedFormat F, int kRows, int kWidth, class Dots>
+inline void add_scaled(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector, const Dots& dots,
+                       float* out, int64_t out_stride) {
+  const uint8_t* scales = codes + codes_bytes(F.bits) + static_cast<size_t>(part) * kTableBytes;
   const uint8_t* minimums = scales + static_cast<size_t>(block_parts(F)) * kTableBytes;
+  __m256 scale[kWidth], minimum[kWidth];
   for (int v = 0; v < kWidth; ++v) {
-    const __m256 scale = load_f16(scales + (vector + v) * 16);
-    const __m256 minimum = F.minimum ? load_f16(minimums + (vector + v) * 16) : _mm256_setzero_ps();
-    for (int r = 0; r < kRows; ++r) {
-      const GroupMeta& meta = rows.at(r, group);
+    scale[v] = load_f16(scales + (vector + v) * 16);
+    if constexpr (F.minimum) minimum[v] = load_f16(minimums + (vector + v) * 16);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const GroupMeta& meta = rows.at(r, group);
+    const float sum = F.group != 16 ? meta.scaled_sum : part == 0 ? meta.scaled_first_sum : meta.scaled_second_sum;
+    __m256i sums[kWidth];
+    dots.row_sums(rows, r, group, part, codes, vector, sums);
+    for (int v = 0; v < kWidth; ++v) {
       float* place = out + r * out_stride + (vector + v) * kLanes;
-      const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(meta.scale));
-      __m256 acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][v]), factor, _mm256_loadu_ps(place));
-      if constexpr (F.minimum) {
-        const float sum = F.group != 16 ? meta.scaled_sum : part == 0 ? meta.scaled_first_sum : meta.scaled_second_sum;
-        acc = _mm256_fmadd_ps(minimum, _mm256_set1_ps(sum), acc);
-      }
+      const __m256 factor = _mm256_mul_ps(scale[v], _mm256_set1_ps(meta.scale));
+      __m256 acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[v]), factor, _mm256_loadu_ps(place));
+      if constexpr (F.minimum) acc = _mm256_fmadd_ps(minimum[v], _mm256_set1_ps(sum), acc);
       _mm256_storeu_ps(place, acc);
     }
   }
@@ -288,14 +311,14 @@ inline void wide_block(const Rows& rows, int64_t group, const uint8_t* block, in
   constexpr PackedFormat F = K.format;
   __m256 parts[kRows][kWidth];
   for (int i = 0; i < block_groups(F); ++i, block += codes_bytes(F.bits)) {
-    __m256i sums[kRows][kWidth];
-    byte_sums<K>(rows, group + i, 0, block, vector, sums);
+    ByteDots<K, kRows, kWidth> dots;
+    dots.set(rows, group + i, 0, block, vector);
     for (int r = 0; r < kRows; ++r) {
       const __m256 scale = _mm256_set1_ps(rows.at(r, group + i).scale);
-      for (int v = 0; v < kWidth; ++v) {
-        const __m256 sum = _mm256_cvtepi32_ps(sums[r][v]);
-        parts[r][v] = _mm256_fmadd_ps(sum, scale, i == 0 ? _mm256_setzero_ps() : parts[r][v]);
-      }
+      __m256i sums[kWidth];
+      dots.row_sums(rows, r, group + i, 0, block, vector, sums);
+      for (int v = 0; v < kWidth; ++v)
+        parts[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[v]), scale, i == 0 ? _mm256_setzero_ps() : parts[r][v]);
     }
   }
   end_block<F>(rows, group, block, vector, parts, out, out_stride);
@@ -303,24 +326,22 @@ inline void wide_block(const Rows& rows, int64_t group, const uint8_t* block, in
 
 // Groups [first, end) of kRows rows and the channels from `vector` on; `block` is at `first`.
 template <Kind K, int kRows>
-inline void multiply_band(const Rows& rows, const int32_t (*words)[kChunk][kWords], const uint8_t* block, int64_t first,
-                          int64_t end, int vector, float* out, int64_t out_stride) {
+inline void multiply_band(const Rows& rows, const int32_t* words, const uint8_t* block, int64_t first, int64_t end,
+                          int vector, float* out, int64_t out_stride) {
   constexpr PackedFormat F = K.format;
   constexpr int kWidth = channel_vectors(kRows);
   for (int64_t group = first; group < end; group += block_groups(F), block += packed_block_bytes(F)) {
     if constexpr (F.group > kGroup) {
       wide_block<K, kRows, kWidth>(rows, group, block, vector, out, out_stride);
+    } else if constexpr (K.words()) {
+      WordDots<K, kRows, kWidth> dots;
+      dots.set(rows, group, words + (group - first) * kWords, block, vector);
+      add_scaled<F, kRows, kWidth>(rows, group, 0, block, vector, dots, out, out_stride);
     } else {
-      const uint8_t* tables = block + codes_bytes(F.bits);
       for (int part = 0; part < block_parts(F); ++part) {
-        __m256i sums[kRows][kWidth];
-        if constexpr (K.words()) {
-          word_sums<K>(rows, group, reinterpret_cast<const int32_t(*)[kChunk][kWords]>(words[0][group - first]), block,
-                       vector, sums);
-        } else {
-          byte_sums<K>(rows, group, part, block, vector, sums);
-        }
-        add_scaled<F>(rows, group, part, tables, vector, sums, out, out_stride);
+        ByteDots<K, kRows, kWidth> dots;
+        dots.set(rows, group, part, block, vector);
+        add_scaled<F, kRows, kWidth>(rows, group, part, block, vector, dots, out, out_stride);
       }
     }
   }
@@ -334,7 +355,7 @@ void multiply_rows(const TileArgs& args, int row, const uint8_t* block, int64_t 
   Words<K.words() ? kRows : 1> words;
   if constexpr (K.words()) words.set(rows, first, end);
   for (int vector = 0; vector < kVectors; vector += channel_vectors(kRows))
-    multiply_band<K, kRows>(rows, words.pairs, block, first, end, vector, out, args.out_stride);
+    multiply_band<K, kRows>(rows, words.pairs[0][0], block, first, end, vector, out, args.out_stride);
 }
 
 template <Kind K>
@@ -369,7 +390,8 @@ void unpack_format(const uint8_t* block, int64_t num_groups, uint8_t* out) {
 void clear_out(const TileArgs& args) {
   if (args.first_group != 0) return;
   for (int r = 0; r < args.rows; ++r)
-    for (int v = 0; v < kVectors; ++v) _mm256_storeu_ps(args.out + r * args.out_stride + v * kLanes, _mm256_setzero_ps());
+    for (int v = 0; v < kVectors; ++v)
+      _mm256_storeu_ps(args.out + r * args.out_stride + v * kLanes, _mm256_setzero_ps());
 }
 
 // Calls use(first group, its end, its block) chunk by chunk.
@@ -387,26 +409,29 @@ template <PackedType kType>
 void gemm_unpacked(const TileArgs& args) {
   constexpr Kind K = unpacked_kind(packed_kind(kType));
   clear_out(args);
-  each_chunk<K.format>(args, [&](int64_t first, int64_t end, const uint8_t* block) {
-    multiply_chunk<K>(args, block, first, end);
-  });
+  each_chunk<K.format>(
+      args, [&](int64_t first, int64_t end, const uint8_t* block) { multiply_chunk<K>(args, block, first, end); });
 }
 
-// Codes are unpacked in registers for one block of rows, to L1 for more.
+// Up to this many rows unpacking codes in registers, band by band, costs less than storing them in L1.
+constexpr int register_rows(PackedFormat format) {
+  return format.bits == 8 ? kRangeRows : format.bits > 4 ? 0 : format.group == 16 ? 1 : kBlockRows;
+}
+
 template <PackedType kType>
 void gemm_packed(const TileArgs& args) {
   constexpr Kind K = packed_kind(kType);
   clear_out(args);
   each_chunk<K.format>(args, [&](int64_t first, int64_t end, const uint8_t* block) {
-    if constexpr (K.format.bits != 8) {
-      if (args.rows > kBlockRows) {
-        constexpr Kind U = unpacked_kind(K);
-        alignas(64) uint8_t bytes[static_cast<size_t>(kChunk / block_groups(U.format)) * packed_block_bytes(U.format)];
-        unpack_format<K.format>(block, end - first, bytes);
-        return multiply_chunk<U>(args, bytes, first, end);
-      }
+    if constexpr (register_rows(K.format) > 0) {
+      if (args.rows <= register_rows(K.format)) return multiply_chunk<K>(args, block, first, end);
     }
-    multiply_chunk<K>(args, block, first, end);
+    if constexpr (K.format.bits != 8) {
+      constexpr Kind U = unpacked_kind(K);
+      alignas(64) uint8_t bytes[static_cast<size_t>(kChunk / block_groups(U.format)) * packed_block_bytes(U.format)];
+      unpack_format<K.format>(block, end - first, bytes);
+      multiply_chunk<U>(args, bytes, first, end);
+    }
   });
 }
 
@@ -443,6 +468,7 @@ void i8_rows(const TileArgs& args, int row, const uint8_t* lines, int64_t first,
         const __m256i even_x = broadcast4(pairs), odd_x = broadcast4(pairs + kSteps);
         for (int v = 0; v < kWidth; ++v) {
           sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(even[v], even_x));
+          settle(sums[r][v]);
           sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(odd[v], odd_x));
         }
       }

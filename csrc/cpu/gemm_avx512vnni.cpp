@@ -22,6 +22,15 @@ inline __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline __m512 load_f16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+// One or two rows wait for memory: what comes next goes to L1. More rows compute meanwhile: the next chunk goes to L2.
+template <int kRows>
+inline void prefetch(const uint8_t* line, size_t ahead) {
+  if (ahead == 0) return;
+  if (kRows <= 2)
+    _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T0);
+  else
+    _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T1);
+}
 inline __m512i broadcast4(const int8_t* p) {
   int32_t four;
   __builtin_memcpy(&four, p, 4);
@@ -115,7 +124,7 @@ inline void start_sums(const Rows& rows, int64_t group, int part, const uint8_t*
 
 // Adds the dot products of a group; of its steps 0..3 or 4..7 where the format has two parts a group.
 template <PackedFormat F, int kRows, int kWidth>
-inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector,
+inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector, size_t ahead,
                      __m512i (&sums)[kRows][kWidth]) {
   const int8_t* x = rows.x + group * kGroup;
   const auto add = [&](int step, const __m512i(&lines)[kWidth]) {
@@ -131,7 +140,7 @@ inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* c
       __m512i lines[kWidth];
       for (int v = 0; v < kWidth; ++v) {
         const uint8_t* line = codes + step * kStepBytes + (vector + v) * 64;
-        if (kRows <= 4) _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
+        prefetch<kRows>(line, ahead);
         lines[v] = load(line);
       }
       add(step, lines);
@@ -142,7 +151,7 @@ inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* c
       __m512i first[kWidth], second[kWidth];
       for (int v = 0; v < kWidth; ++v) {
         const uint8_t* line = codes + step * kStepBytes + (vector + v) * 64;
-        if (part == 0) _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
+        if (part == 0) prefetch<kRows>(line, ahead);
         Codes<F>::pair(codes, step, vector + v, first[v], second[v]);
       }
       if (F.group != 16 || part == 0) add(step, first);
@@ -194,20 +203,18 @@ inline void end_block(const Rows& rows, int64_t last_group, const uint8_t* table
 }
 
 template <int kRows>
-inline void clear_out(const TileArgs& args, float* out) {
-  if (args.first_group != 0) return;
+inline void clear_rows(const TileArgs& args, float* out) {
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * args.out_stride + v * 16, _mm512_setzero_ps());
 }
-
 // kRows x (kWidth vectors from `vector` on) of one code group, into float accumulators.
 template <PackedFormat F, int kRows, int kWidth>
 inline void one_group(const Rows& rows, int64_t group, const uint8_t* codes, const uint8_t* tables, int vector,
-                      __m512 (&acc)[kRows][kWidth]) {
+                      size_t ahead, __m512 (&acc)[kRows][kWidth]) {
   __m512i sums[kRows][kWidth];
   if constexpr (F.group > kGroup) {
     start_sums<F>(rows, group, 0, codes, vector, sums);
-    add_dots<F>(rows, group, 0, codes, vector, sums);
+    add_dots<F>(rows, group, 0, codes, vector, ahead, sums);
     for (int r = 0; r < kRows; ++r) {
       const __m512 scale = _mm512_set1_ps(rows.at(r, group).scale);
       for (int v = 0; v < kWidth; ++v) acc[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), scale, acc[r][v]);
@@ -215,7 +222,7 @@ inline void one_group(const Rows& rows, int64_t group, const uint8_t* codes, con
   } else {
     for (int part = 0; part < block_parts(F); ++part) {
       start_sums<F>(rows, group, part, codes, vector, sums);
-      add_dots<F>(rows, group, part, codes, vector, sums);
+      add_dots<F>(rows, group, part, codes, vector, ahead, sums);
       add_scaled<F>(rows, group, part, tables, vector, sums, acc);
     }
   }
@@ -224,7 +231,7 @@ inline void one_group(const Rows& rows, int64_t group, const uint8_t* codes, con
 // Groups [first, end) of kRows rows and kWidth vectors from `vector` on; `block` is at `first`.
 template <PackedFormat F, int kRows, int kWidth>
 inline void multiply_band(const TileArgs& args, const Rows& rows, const uint8_t* block, int64_t first, int64_t end,
-                          int vector, float* out) {
+                          int vector, size_t ahead, float* out) {
   constexpr int kCount = block_groups(F);
   __m512 acc[kRows][kWidth];
   for (int r = 0; r < kRows; ++r)
@@ -234,7 +241,7 @@ inline void multiply_band(const TileArgs& args, const Rows& rows, const uint8_t*
     const uint8_t* tables = block + static_cast<size_t>(kCount) * codes_bytes(F.bits);
     for (int i = 0; i < kCount; ++i)
       one_group<F, kRows, kWidth>(rows, group + i, block + static_cast<size_t>(i) * codes_bytes(F.bits), tables, vector,
-                                  acc);
+                                  ahead, acc);
     if constexpr (kCount > 1) {
       end_block<F>(rows, group + kCount - 1, tables, vector, acc, out, args.out_stride);
       for (int r = 0; r < kRows; ++r)
@@ -246,46 +253,73 @@ inline void multiply_band(const TileArgs& args, const Rows& rows, const uint8_t*
       for (int v = 0; v < kWidth; ++v) _mm512_storeu_ps(out + r * args.out_stride + (vector + v) * 16, acc[r][v]);
 }
 
-// Few groups at a time, so that their second half is read from L1 and the tile streams by once.
+// What all rows do to some groups before the next ones.
+struct Chunk {
+  const uint8_t* block;
+  int64_t first, end;
+  size_t ahead;  // bytes to what the first rows read ahead of themselves, 0: nothing
+};
+
 template <PackedFormat F, int kRows>
-void multiply_rows(const TileArgs& args, int row) {
+void multiply_rows(const TileArgs& args, const Chunk& chunk, int row) {
   constexpr int kWidth = kRows <= 2 ? kVectors : 2;
-  constexpr int64_t kChunk = F.bits == 8 && kRows > 4 ? kSlabGroups : 16;
-  const Rows rows = rows_from(args, row);
   float* out = args.out + row * args.out_stride;
-  clear_out<kRows>(args, out);
-  const uint8_t* block = args.weights;
-  const int64_t end = args.first_group + args.num_groups;
-  for (int64_t group = args.first_group; group < end; group += kChunk) {
-    const int64_t chunk_end = group + kChunk < end ? group + kChunk : end;
-    for (int vector = 0; vector < kVectors; vector += kWidth)
-      multiply_band<F, kRows, kWidth>(args, rows, block, group, chunk_end, vector, out);
-    block += static_cast<size_t>(kChunk / block_groups(F)) * packed_block_bytes(F);
-  }
+  if (chunk.first == 0) clear_rows<kRows>(args, out);
+  const Rows rows = rows_from(args, row);
+  for (int vector = 0; vector < kVectors; vector += kWidth)
+    multiply_band<F, kRows, kWidth>(args, rows, chunk.block, chunk.first, chunk.end, vector,
+                                    kRows <= 2 ? kPrefetchBytes
+                                    : row == 0 ? chunk.ahead
+                                               : 0,
+                                    out);
 }
 
 template <PackedFormat F>
-void multiply(const TileArgs& args) {
+void multiply_chunk(const TileArgs& args, const Chunk& chunk) {
   int row = 0;
-  for (; row + 6 <= args.rows; row += 6) multiply_rows<F, 6>(args, row);
+  for (; row + 6 <= args.rows; row += 6) multiply_rows<F, 6>(args, chunk, row);
   switch (args.rows - row) {
-    case 5: return multiply_rows<F, 5>(args, row);
-    case 4: return multiply_rows<F, 4>(args, row);
-    case 3: return multiply_rows<F, 3>(args, row);
-    case 2: return multiply_rows<F, 2>(args, row);
-    case 1: return multiply_rows<F, 1>(args, row);
+    case 5: return multiply_rows<F, 5>(args, chunk, row);
+    case 4: return multiply_rows<F, 4>(args, chunk, row);
+    case 3: return multiply_rows<F, 3>(args, chunk, row);
+    case 2: return multiply_rows<F, 2>(args, chunk, row);
+    case 1: return multiply_rows<F, 1>(args, chunk, row);
     default: return;
   }
 }
 
-template <PackedType kType>
-void gemm_packed(const TileArgs& args) {
-  multiply<packed_format(kType)>(args);
+// A tile that streams from memory: chunks of about `target` groups, all rows on one before the next, which is read into
+// L2 meanwhile. So memory has the time of all rows to deliver, not of the first ones alone.
+template <PackedFormat F>
+void multiply_streamed(const TileArgs& args, int64_t target) {
+  constexpr int64_t kCount = block_groups(F);
+  const int64_t num_chunks = (args.num_groups + target - 1) / target;
+  const int64_t width = (args.num_groups + num_chunks * kCount - 1) / (num_chunks * kCount) * kCount;
+  const auto bytes = static_cast<size_t>(width / kCount) * packed_block_bytes(F);
+  const int64_t end = args.first_group + args.num_groups;
+  Chunk chunk{args.weights, args.first_group, 0, bytes};
+  for (; chunk.first < end; chunk.first += width, chunk.block += bytes) {
+    chunk.end = chunk.first + width < end ? chunk.first + width : end;
+    multiply_chunk<F>(args, chunk);
+  }
 }
 
+constexpr int64_t kFewRowsGroups = 24;
+constexpr int kFewRows = 32;
+
+template <PackedType kType>
+void gemm_packed(const TileArgs& args) {
+  multiply_streamed<packed_format(kType)>(args, kFewRowsGroups);
+}
+
+// Codes unpacked to bytes lie in L2; packed bytes stream.
 template <PackedType kType>
 void gemm_unpacked(const TileArgs& args) {
-  multiply<unpacked(packed_format(kType))>(args);
+  constexpr PackedFormat F = unpacked(packed_format(kType));
+  if constexpr (packed_format(kType).bits == 8)
+    multiply_streamed<F>(args, args.rows <= kFewRows ? kFewRowsGroups : int64_t{kSlabGroups});
+  else
+    multiply_chunk<F>(args, {args.weights, args.first_group, args.first_group + args.num_groups, 0});
 }
 
 template <PackedFormat F>
@@ -319,7 +353,7 @@ void i8_columns(const TileArgs& args, int row, int vector) {
   for (int64_t step = 0; step < steps; ++step, line += kStepBytes) {
     __m512i codes[kWidth];
     for (int v = 0; v < kWidth; ++v) {
-      if (kRows <= 4) _mm_prefetch(reinterpret_cast<const char*>(line + v * 64 + kPrefetchBytes), _MM_HINT_T0);
+      if (kRows <= 4) prefetch<kRows>(line + v * 64, kPrefetchBytes);
       codes[v] = load(line + v * 64);
     }
     for (int r = 0; r < kRows; ++r) {

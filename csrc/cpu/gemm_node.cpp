@@ -121,8 +121,7 @@ void GemmNode::finish_plain(const GemmItem& item, int64_t row, float* x, const W
   if (factor != 1.0f) kernels.scale(x, factor, x, item.num_columns);
   if (softcap > 0.0f)
     for (int i = 0; i < item.num_columns; ++i) x[i] = softcap * std::tanh(x[i] / softcap);
-  if (maxima != nullptr)
-    maxima->f32[row * maxima->columns + item.first_tile] = kernels.maximum(x, item.num_columns);
+  if (maxima != nullptr) maxima->f32[row * maxima->columns + item.first_tile] = kernels.maximum(x, item.num_columns);
   write_forms(kernels, out, row, item.out_column, x, item.num_columns);
 }
 

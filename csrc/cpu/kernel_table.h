@@ -108,7 +108,7 @@ void fill(KernelTable& table);
 namespace avx2 {
 void fill(KernelTable& table);
 void fill_gemm_int8(KernelTable& table);  // the entries of quantized weights; a part of `fill`
-}
+}  // namespace avx2
 namespace avx512 {
 void fill(KernelTable& table);
 }

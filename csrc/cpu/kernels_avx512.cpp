@@ -157,6 +157,7 @@ void fill(KernelTable& table) {
     table.gemm_packed[type] = avx2.gemm_packed[type];
     table.gemm_unpacked[type] = avx2.gemm_unpacked[type];
   }
+  table.unpack = avx2.unpack;
   table.quantize_q8 = quantize_q8_avx512;
   fill_plain(table, PackedType::kF32, gemm_f32_avx512);
   table.dequantize_tile = dequantize_tile_avx512;

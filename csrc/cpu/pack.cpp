@@ -135,9 +135,9 @@ void PackedMatrix::check() const {
   if (tensors.empty() || sources.empty()) throw std::invalid_argument("matrix: nothing to pack");
   if (columns <= 0) throw std::invalid_argument("matrix: it has no columns");
   if (is_grouped(type) && columns % block_columns(packed_format(type)) != 0)
-    throw std::invalid_argument(std::string("matrix: ") + std::to_string(columns) + " columns are not whole blocks of " +
-                                std::to_string(block_columns(packed_format(type))) + ", as " + packed_name(type) +
-                                " has them");
+    throw std::invalid_argument(
+        std::string("matrix: ") + std::to_string(columns) + " columns are not whole blocks of " +
+        std::to_string(block_columns(packed_format(type))) + ", as " + packed_name(type) + " has them");
   for (const TensorView& tensor : tensors) {
     if (tensor.columns != columns) throw std::invalid_argument("matrix: its tensors differ in columns");
     if (packed_type_of(tensor.dtype) != type && (is_quantized(type) || block_values(tensor.dtype) != 1))

@@ -92,6 +92,7 @@ bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
   }
   for (size_t i = 0; i < nodes_.size(); ++i) next_item_[i].store(0, std::memory_order_relaxed);
   abort_after_.store(kNever, std::memory_order_relaxed);
+  last_start_s_ = seconds_now();
   pool_.run(worker_entry, this);
   ++num_runs_;
   const bool finished = abort_after_.load(std::memory_order_relaxed) == kNever;

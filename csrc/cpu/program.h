@@ -72,6 +72,8 @@ class Program {
   bool run(const StepArrays& arrays, BlockPool& blocks);
 
   std::vector<NodeTime> take_times();
+  // When the last run began, after any wait for its turn; seconds of the monotonic clock.
+  double last_start_s() const { return last_start_s_; }
 
  private:
   static void worker_entry(void* context, int worker);
@@ -95,6 +97,7 @@ class Program {
   std::vector<std::unique_ptr<Node>> nodes_;
   std::vector<double> node_seconds_;
   int64_t num_runs_ = 0;
+  double last_start_s_ = 0.0;
   KvCache kv_;
   int heads_per_group_ = 1;
   std::shared_ptr<ProgressCell> progress_;

@@ -17,7 +17,8 @@ constexpr int32_t kNotFinite = -2;
 // Bytes of scratch for a vocabulary.
 size_t sampler_scratch_bytes(int64_t vocab);
 
-// One row of logits. `maxima`, where it is there, has the largest of each 64 of them: a greedy choice reads little more.
+// One row of logits. `maxima`, where it is there, has the largest of each 64 of them: a greedy choice reads little
+// more.
 struct LogitRow {
   const float* logits;
   int64_t vocab;

@@ -200,7 +200,7 @@ ActivationRows random_rows(Random& random, int num_rows, int64_t columns, Draw d
 }
 
 float ordinary(Random& random, int64_t row, int64_t k) {
-  if (row % 5 == 3 && (k / 32) % 2 == 0) return 0.0f;                    // groups without any value
+  if (row % 5 == 3 && (k / 32) % 2 == 0) return 0.0f;                         // groups without any value
   if (row % 4 == 1 && k % 32 == k / 32 % 32) return 40.0f * random.normal();  // a value that towers over its group
   return random.normal() * (row % 7 == 2 ? 300.0f : 1.0f);
 }

@@ -180,12 +180,12 @@ float group_value(Random& random, int kind, int i) {
   constexpr float kOdd[] = {INFINITY, -INFINITY, NAN, -NAN, 1e38f, -3.4e38f};
   switch (kind) {
     case 0: return 0.0f;
-    case 1: return random.pick(kFew);                                             // ties within and between steps
-    case 2: return random.normal() * (random.chance(0.05) ? 60.0f : 1.0f);        // some tower
-    case 3: return random.normal() * (i == 17 ? 1e6f : 1e-3f);                    // all codes but one's high part vanish
-    case 4: return random.uniform(-1e-38f, 1e-38f);                               // denormal
-    case 5: return random.uniform(-1.2e-28f, 1.2e-28f);                           // about where codes begin
-    case 6: return random.uniform(-9.99e37f, 9.99e37f);                           // about the largest
+    case 1: return random.pick(kFew);                                       // ties within and between steps
+    case 2: return random.normal() * (random.chance(0.05) ? 60.0f : 1.0f);  // some tower
+    case 3: return random.normal() * (i == 17 ? 1e6f : 1e-3f);              // all codes but one's high part vanish
+    case 4: return random.uniform(-1e-38f, 1e-38f);                         // denormal
+    case 5: return random.uniform(-1.2e-28f, 1.2e-28f);                     // about where codes begin
+    case 6: return random.uniform(-9.99e37f, 9.99e37f);                     // about the largest
     case 7: return i == 5 ? 15.5f : i == 20 ? random.uniform(0.99f, 1.01f) : 0.3f;  // about the least share
     case 8: return random.chance(0.5) ? -0.0f : random.normal() * 1e-20f;
     case 9: return i == 30 ? random.pick(kOdd) : random.normal();
@@ -233,8 +233,7 @@ TEST(elementwise_quantize_q8_rounds_half_to_even) {
     Guarded<int8_t> codes(32);
     Guarded<GroupMeta> meta(1);
     kernels.quantize_q8(x.data(), codes.data(), meta.data(), 32);
-    for (int i = 0; i < 10; ++i)
-      CHECK(whole_code(codes.data(), meta[0], i) == expected[i], name, " ", halves[i]);
+    for (int i = 0; i < 10; ++i) CHECK(whole_code(codes.data(), meta[0], i) == expected[i], name, " ", halves[i]);
   }
 }
 
@@ -253,6 +252,19 @@ TEST(elementwise_quantize_q8_gives_the_high_parts_to_the_first_of_the_largest_st
         CHECK(meta[0].high_step == std::min(i, later) / 4, name, " ", i, " ", later);
         const int code = whole_code(codes.data(), meta[0], i);
         CHECK(later == i ? code == 1968 || code == 1969 : code == 127, name, " code ", code);
+      }
+}
+
+TEST(elementwise_quantize_q8_sees_what_is_not_finite_wherever_it_stands) {
+  for (const auto& [name, kernels] : tables())
+    for (size_t i = 0; i < 32; ++i)
+      for (const float odd : {INFINITY, -INFINITY, NAN, 1e38f}) {
+        Exact<float> x = random_floats(random, 32);
+        x[i] = odd;
+        Guarded<int8_t> codes(32);
+        Guarded<GroupMeta> meta(1);
+        kernels.quantize_q8(x.data(), codes.data(), meta.data(), 32);
+        check_group(x.data(), codes.data(), meta[0], join(name, " ", odd, " at ", i));
       }
 }
 
@@ -301,8 +313,10 @@ void check_i8(const Exact<float>& x, const int8_t* codes, const RowMeta& meta, c
     largest = std::max(largest, std::fabs(x[i]));
   }
   const bool has_codes = finite && largest > 1e-30f;
-  CHECK(has_codes ? meta.scale == largest / 127.0f : finite ? meta.scale == 0.0f : std::isnan(meta.scale), what, " scale ",
-        meta.scale, " of ", largest);
+  CHECK(has_codes ? meta.scale == largest / 127.0f
+        : finite  ? meta.scale == 0.0f
+                  : std::isnan(meta.scale),
+        what, " scale ", meta.scale, " of ", largest);
   int sum = 0;
   for (size_t i = 0; i < x.size(); ++i) {
     sum += codes[i];

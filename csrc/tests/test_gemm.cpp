@@ -13,7 +13,9 @@ namespace {
 float normal(Random& random, int64_t, int64_t) { return random.normal(); }
 float huge(Random& random, int64_t, int64_t) { return random.uniform(-1e28f, 1e28f); }
 // Around the smallest groups that have codes.
-float tiny(Random& random, int64_t, int64_t k) { return random.uniform(-4e-28f, 4e-28f) * (k / 32 % 2 == 0 ? 1 : 0.1f); }
+float tiny(Random& random, int64_t, int64_t k) {
+  return random.uniform(-4e-28f, 4e-28f) * (k / 32 % 2 == 0 ? 1 : 0.1f);
+}
 float denormal(Random& random, int64_t, int64_t) { return random.uniform(-1e-38f, 1e-38f); }
 
 // Each row computed alone, [row][channel].
@@ -74,7 +76,9 @@ void check_kernel(Random& random, const GemmKernel& kernel, const NamedTable& ta
     check_together(tile, table.kernels, rows, alone, count, kTile * random.integer(1, 3), what);
 }
 
-std::vector<int> counts_from(int first, int last) {
+// All of these; the scalar kernels, slow under sanitizers, take row after row, whatever their number.
+std::vector<int> counts_for(const NamedTable& table, int first, int last) {
+  if (table.name == "scalar") return {first, last};
   std::vector<int> counts(static_cast<size_t>(last - first + 1));
   std::iota(counts.begin(), counts.end(), first);
   return counts;
@@ -99,13 +103,13 @@ TEST(gemm_small_shapes_agree_with_double_and_with_rows_alone) {
     for (const GemmKernel& kernel : gemm_kernels())
       for (const int64_t columns : {std::max<int64_t>(kernel.block(), 32), std::max<int64_t>(3 * kernel.block(), 33),
                                     some_columns(random, kernel, 300)})
-        check_kernel(random, kernel, table, columns, counts_from(1, 17), 6);
+        check_kernel(random, kernel, table, columns, counts_for(table, 1, 17), 6);
 }
 
 TEST(gemm_full_ranges_agree_with_rows_alone) {
   for (const NamedTable& table : tables())
     for (const GemmKernel& kernel : gemm_kernels()) {
-      std::vector<int> counts = counts_from(33, 64);
+      std::vector<int> counts = counts_for(table, 33, 64);
       counts.insert(counts.end(), {127, 128});
       check_kernel(random, kernel, table, kernel.block(), counts, 1);
     }
@@ -114,7 +118,7 @@ TEST(gemm_full_ranges_agree_with_rows_alone) {
 TEST(gemm_long_rows_agree_with_double_and_with_rows_alone) {
   for (const NamedTable& table : tables())
     for (const GemmKernel& kernel : gemm_kernels())
-      check_kernel(random, kernel, table, kernel.block() > 1 ? 1664 : 1665, {1, 2, 4, 7, 9}, 3);
+      check_kernel(random, kernel, table, kernel.block() > 1 ? 2176 : 2177, {1, 2, 7}, 2);
 }
 
 // Decoding takes one path, prefill the other, and machines differ: they must not differ in a single bit.
@@ -139,16 +143,16 @@ TEST(gemm_in_slabs_is_the_same_as_in_one_piece) {
   for (const NamedTable& table : tables())
     for (const GemmKernel& kernel : gemm_kernels()) {
       if (!is_grouped(kernel.type) && kernel.type != PackedType::kF32) continue;
-      const int64_t columns = kernel.block() > 1 ? 1280 : 1277;
+      const int64_t columns = kernel.block() > 1 ? 640 : 637;
       const int64_t unit = std::max<int64_t>(kernel.block() / kGroup, 1);
       const GemmTile tile = random_tile(random, kernel, columns);
       const ActivationRows rows = random_rows(random, 7, columns, ordinary);
       const std::vector<float> whole = rows_together(tile, table.kernels, rows);
-      for (const int64_t slab : {unit, 3 * unit, int64_t{16}, 20 * unit, int64_t{64}}) {
+      for (const int64_t slab : {unit, 3 * unit, int64_t{16}}) {
         const std::string what = join(table.name, " ", kernel.name(), " slabs of ", slab);
         CHECK(same_bits(whole, rows_together(tile, table.kernels, rows, slab)), what);
-        CHECK(same_bits(whole, rows_alone(tile, table.kernels, rows, slab)), what, ", rows alone");
       }
+      CHECK(same_bits(whole, rows_alone(tile, table.kernels, rows, 3 * unit)), table.name, " ", kernel.name());
     }
 }
 

@@ -65,8 +65,7 @@ PackedValue packed_grouped(PackedFormat format, const uint8_t* tile, int channel
   const size_t code_bytes = format.bits == 8 ? 2048 : 1024 + 256 * static_cast<size_t>(format.bits - 4);
   const size_t all_codes = code_bytes * static_cast<size_t>(width / 32);
   const size_t table_bytes = 128 * static_cast<size_t>(parts);
-  const uint8_t* block =
-      tile + static_cast<size_t>(k / width) * (all_codes + table_bytes * (format.minimum ? 2 : 1));
+  const uint8_t* block = tile + static_cast<size_t>(k / width) * (all_codes + table_bytes * (format.minimum ? 2 : 1));
   const uint8_t* codes = block + static_cast<size_t>(k % width / 32) * code_bytes;
   PackedValue found;
   found.code = packed_code(format.bits, codes, channel, static_cast<int>(k % 32));
@@ -99,8 +98,7 @@ double Weights::value(int64_t row, int64_t column) const {
     case DType::kF32: return read_float(start + column * 4);
     case DType::kF16: return half_value(read16(start + column * 2));
     case DType::kBF16: return bf16_value(read16(start + column * 2));
-    case DType::kI8:
-      return static_cast<double>(read_float(start + columns)) * static_cast<int8_t>(start[column]);
+    case DType::kI8: return static_cast<double>(read_float(start + columns)) * static_cast<int8_t>(start[column]);
     default: break;
   }
   const int values = block_values(dtype);

@@ -139,7 +139,7 @@ class StepTrace:
             self._complete(name, _STEPS, started_s, time.monotonic())
 
     def add_nodes(self, started_s: float, times: dict[str, tuple[float, int]]) -> None:
-        """Seconds and number of steps by kind of node, of the launch that began at `started_s`."""
+        """Seconds and number of steps by kind of node, of the run that began at `started_s`."""
         for kind, (seconds, _) in times.items():
             self._complete(kind, _NODES, started_s, started_s + seconds)
             started_s += seconds
@@ -210,8 +210,8 @@ class TracedRunner(ModelRunner):
     def __init__(self, executor: Executor, trace: StepTrace) -> None:
         super().__init__(executor)
         self._trace = trace
-        program = getattr(executor, "program", None)
-        self._take_times = getattr(program, "take_times", dict)
+        self._program: Any = getattr(executor, "program", None)
+        self._take_times = getattr(self._program, "take_times", dict)
 
     def launch(self, plan: Plan) -> None:
         """Start the step; the time of its nodes is known afterwards, for this executor runs in line."""
@@ -223,7 +223,8 @@ class TracedRunner(ModelRunner):
             with self._trace.span("launch"):
                 self._executor.launch(step)
         finally:
-            self._trace.add_nodes(started_s, self._take_times())
+            # A launch may wait for its turn before it runs.
+            self._trace.add_nodes(getattr(self._program, "last_start_s", started_s), self._take_times())
 
     def collect(self) -> StepResult:
         """Wait for the step launched last."""

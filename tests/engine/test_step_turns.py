@@ -87,19 +87,19 @@ def with_two(config: EngineConfig, folder: Path, use: Callable[[list[ProcessClie
 
 
 def computed(trace: Path) -> list[tuple[int, int]]:
-    """When an engine computed, step by step, in microseconds: the end of a launch less the time of its nodes."""
+    """When an engine computed, step by step, in microseconds: from its first node to the end of its last."""
     events = load(trace)
-    nodes: dict[int, int] = {}
     launches = spans(events, "launch")
-    on_nodes: list[Event] = [event for event in events if event["ph"] == "X" and event["tid"] == 2]
     starts = [launch["ts"] for launch in launches] + [1 << 62]
+    steps: dict[int, tuple[int, int]] = {}
     index = 0
+    on_nodes: list[Event] = [event for event in events if event["ph"] == "X" and event["tid"] == 2]
     for event in on_nodes:
         while event["ts"] >= starts[index + 1]:
             index += 1
-        nodes[index] = nodes.get(index, 0) + event["dur"]
-    ends = [launch["ts"] + launch["dur"] for launch in launches]
-    return [(end - nodes.get(index, 0), end) for index, end in enumerate(ends)]
+        begin, _ = steps.get(index, (event["ts"], 0))
+        steps[index] = begin, event["ts"] + event["dur"]
+    return list(steps.values())
 
 
 def both_busy(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:

@@ -228,7 +228,7 @@ def test_packed_bytes_are_those_of_this_layout_version() -> None:
     assert (_C.LAYOUT_VERSION, sums) == (GOLDEN_VERSION, GOLDEN_SUMS)
 
 
-GOLDEN_VERSION = 1
+GOLDEN_VERSION = 2
 GOLDEN_SUMS = {
     ("q4_0", "q4_0"): 715096324353787032,
     ("q4_1", "q4_1"): 13843514181420629916,
