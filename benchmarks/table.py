@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from benchmarks.peers.accuracy import Accuracy
-from benchmarks.peers.perplexity import Perplexities
+from benchmarks.peers.perplexity import Perplexities, misses
 from benchmarks.peers.perplexity_models import MIXED
 from benchmarks.peers.results import OURS, RESULTS, Comparison, Served, Summary, load_comparison
 from benchmarks.plot import Panel, draw
@@ -96,10 +96,13 @@ def perplexity_table(result: Perplexities) -> str:
         lines.append(f"| {name} | {one.perplexity:.2f} | {' | '.join(cells)} |")
     note = (
         "Perplexity in float32; then the relative difference to it and the mean abs. difference of log-probabilities. "
-        f"{min(one.num_scored for one in result.types)} or more of {result.num_scored} tokens of prose, {result.source.name} in each type; * widened to multiples of 256. "
+        f"Over {result.num_scored} tokens of prose, but for up to "
+        f"{result.num_scored - min(one.num_scored for one in result.types)} that llama.cpp does not tell; "
+        f"{result.source.name} in each type; * widened to multiples of 256. "
         f"{result.host.date[:10]}, commit `{result.host.commit}`."
     )
-    return "\n".join([*lines, "", note]) + "\n"
+    missed = [f"- {line}" for one in result.types for line in misses(one)]
+    return "\n".join([*lines, "", note, *(["", "Bounds that are not met:", "", *missed] if missed else [])]) + "\n"
 
 
 def plot(result: Comparison) -> str:
