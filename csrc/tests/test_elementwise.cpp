@@ -358,7 +358,7 @@ TEST(elementwise_quantize_q8_of_tiny_values_is_zero) {
     Guarded<int8_t> codes(32);
     Guarded<GroupMeta> meta(1);
     kernels.quantize_q8(x.data(), codes.data(), meta.data(), 32);
-    CHECK(meta[0].scale == 0 && meta[0].sum == 0, name);
+    CHECK(meta[0].scale == 0 && meta[0].negative_sum == 0, name);
   }
 }
 
