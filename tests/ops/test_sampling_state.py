@@ -157,6 +157,9 @@ def generated_of(state: SamplingStateTwin) -> list[int]:
     return state.token_ids[state.num_prompt_tokens :]
 
 
+# Eight draws from three tokens repeat some of them in every row: counts above one are what tells these mistakes apart.
+FEW: Final[Options] = {"allowed_token_ids": [1, 5, 7]}
+
 MISTAKES: Final[dict[str, tuple[Options, Callable[[Logits, SamplingStateTwin], Logits]]]] = {
     "repetition over the output alone": (
         {"repetition_penalty": 2.0}, altered(token_ids=generated_of, num_prompt_tokens=lambda _: 0)),
@@ -165,13 +168,13 @@ MISTAKES: Final[dict[str, tuple[Options, Callable[[Logits, SamplingStateTwin], L
     "repetition upside down": ({"repetition_penalty": 2.0}, altered(repetition_penalty=lambda s: 0.5)),
     "frequency over the prompt too": ({"frequency_penalty": 1.5}, altered(num_prompt_tokens=lambda _: 0)),
     "frequency taken once": (
-        {"frequency_penalty": 1.5},
+        {"frequency_penalty": 1.5, **FEW},
         altered(presence_penalty=lambda s: s.frequency_penalty, frequency_penalty=lambda _: 0.0)),
     "frequency one too many": (
         {"frequency_penalty": 1.5}, altered(presence_penalty=lambda s: s.frequency_penalty)),
     "presence over the prompt too": ({"presence_penalty": 1.5}, altered(num_prompt_tokens=lambda _: 0)),
     "presence for each time": (
-        {"presence_penalty": 1.5},
+        {"presence_penalty": 1.5, **FEW},
         altered(frequency_penalty=lambda s: s.presence_penalty, presence_penalty=lambda _: 0.0)),
     "bias after the penalties": (
         {"repetition_penalty": 3.0, "logit_bias": [(token, 6.0) for token in range(0, 12, 3)]}, biased_last),
@@ -190,7 +193,7 @@ MISTAKES: Final[dict[str, tuple[Options, Callable[[Logits, SamplingStateTwin], L
         altered(bad_words=lambda s: [word for word in s.bad_words if len(word) == 1])),
     "bad words begun by the prompt": (
         {"bad_words": [[a, b] for a in range(12) for b in range(6)]}, altered(num_prompt_tokens=lambda _: 0)),
-    "every token allowed": ({"allowed_token_ids": [1, 5, 7]}, altered(allowed_token_ids=lambda _: None)),
+    "every token allowed": (FEW, altered(allowed_token_ids=lambda _: None)),
 }  # fmt: skip
 
 
