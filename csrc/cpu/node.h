@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/work_queue.h"
 #include "cpu/pack.h"
 #include "cpu/step.h"
 #include "cpu/value.h"
@@ -24,6 +25,7 @@ class Node {
   virtual ~Node() = default;
   virtual const char* kind() const = 0;
   virtual int64_t num_items(const Step& step) const = 0;
+  virtual HandOut hand_out() const { return HandOut::kRuns; }
   virtual void run(const Step& step, int64_t item, const Worker& worker) const = 0;
   virtual size_t scratch_bytes() const { return 0; }
   // Throws std::invalid_argument for states or masks of a step that do not fit this node.
@@ -164,6 +166,7 @@ class AttentionNode : public Node {
   float scale = 0;
 
   const char* kind() const override { return "attention"; }
+  HandOut hand_out() const override { return HandOut::kShared; }  // the longest first
   int64_t num_items(const Step& step) const override { return static_cast<int64_t>(step.chunks.size()) * kv_heads; }
   void run(const Step& step, int64_t item, const Worker& worker) const override;
   size_t scratch_bytes() const override;

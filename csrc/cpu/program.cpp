@@ -18,7 +18,8 @@ double seconds_now() {
 Program::Program(const std::string& isa, int num_threads, const ProgramLimits& limits)
     : kernels_(choose_kernels(isa.c_str())),
       limits_(limits),
-      pool_(num_threads > 0 ? num_threads : num_available_cores()) {
+      pool_(num_threads > 0 ? num_threads : num_available_cores()),
+      queues_{WorkQueue(pool_.num_threads()), WorkQueue(pool_.num_threads())} {
   if (limits.max_num_tokens <= 0 || limits.max_num_seqs <= 0 || limits.max_logit_rows <= 0 || limits.max_position <= 0)
     throw std::invalid_argument("limits: all must be positive");
 }
@@ -86,11 +87,9 @@ bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
     throw std::invalid_argument("blocks: the block pool of another cache");
   step_.kv = &kv_;
   step_.prepare(arrays, blocks, limits_.max_position, std::max(1, kMaxQueryRows / heads_per_group_));
-  if (scratch_.data() == nullptr) {
+  if (scratch_.data() == nullptr)
     scratch_ = Mapping(scratch_per_worker_ * static_cast<size_t>(pool_.num_threads()), false);
-    next_item_ = std::make_unique<std::atomic<int64_t>[]>(nodes_.size());
-  }
-  for (size_t i = 0; i < nodes_.size(); ++i) next_item_[i].store(0, std::memory_order_relaxed);
+  for (int worker = 0; worker < pool_.num_threads(); ++worker) deal(0, worker);
   abort_after_.store(kNever, std::memory_order_relaxed);
   last_start_s_ = seconds_now();
   pool_.run(worker_entry, this);
@@ -108,11 +107,12 @@ void Program::walk(int worker) {
   double before = worker == 0 ? seconds_now() : 0.0;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const Node& node = *nodes_[i];
-    const int64_t count = node.num_items(step_);
-    for (int64_t item = next_item_[i].fetch_add(1, std::memory_order_relaxed);
-         item < count && !leaves(i, worker == 0 ? progress_.get() : nullptr);
-         item = next_item_[i].fetch_add(1, std::memory_order_relaxed))
+    WorkQueue& queue = queues_[i % 2];
+    for (int64_t item = queue.take(worker, node.hand_out());
+         item != WorkQueue::kNone && !leaves(i, worker == 0 ? progress_.get() : nullptr);
+         item = queue.take(worker, node.hand_out()))
       node.run(step_, item, self);
+    deal(i + 1, worker);
     if (worker == 0 && progress_ != nullptr) {
       leaves(i, progress_.get());
       progress_->bump();
@@ -125,6 +125,10 @@ void Program::walk(int worker) {
     }
     if (abort_after_.load(std::memory_order_relaxed) <= i) return;
   }
+}
+
+void Program::deal(size_t node, int worker) {
+  if (node < nodes_.size()) queues_[node % 2].deal(worker, nodes_[node]->num_items(step_), nodes_[node]->hand_out());
 }
 
 bool Program::leaves(size_t node, ProgressCell* progress) {

@@ -1,7 +1,7 @@
 // A compiled network: values in one arena, packed weights, a KV cache, and nodes in the order they run.
 //
 // Built once from Python (ops/compiler.py), then `run` is one call per step: every worker walks the same list of nodes,
-// claims work items by an atomic counter, and meets the others at a barrier after each node.
+// takes work items from a queue, and meets the others at a barrier after each node.
 #pragma once
 
 #include <atomic>
@@ -78,6 +78,7 @@ class Program {
  private:
   static void worker_entry(void* context, int worker);
   void walk(int worker);
+  void deal(size_t node, int worker);
   // Whether the work of a node is in vain. Worker 0 alone brings `progress`: it shows that it moves, and decides.
   bool leaves(size_t node, ProgressCell* progress);
   void check(const StepArrays& arrays) const;
@@ -88,6 +89,7 @@ class Program {
   KernelTable kernels_;
   ProgramLimits limits_;
   ThreadPool pool_;
+  WorkQueue queues_[2];  // of nodes with even and odd indices
   Mapping arena_, weights_, scratch_, aside_;
   size_t weights_used_ = 0;
   size_t scratch_per_worker_ = 0;
@@ -103,7 +105,6 @@ class Program {
   std::shared_ptr<ProgressCell> progress_;
 
   Step step_;
-  std::unique_ptr<std::atomic<int64_t>[]> next_item_;  // one per node
   // The node after which all workers leave. An index, not a flag: a worker that is late at node i must not act on
   // what worker 0 has already found at node i + 1, or it would miss that node's barrier.
   std::atomic<size_t> abort_after_{kNever};

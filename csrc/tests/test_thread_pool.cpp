@@ -1,8 +1,11 @@
-// The thread pool: every worker runs once per run, the barrier holds, uneven work and many runs end.
+// The thread pool: every worker runs once per run, the barrier holds, uneven work and many runs end. The work queue:
+// every item of every phase is handed out once, in runs or in order.
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "core/thread_pool.h"
+#include "core/work_queue.h"
 #include "tests/check.h"
 
 namespace llmserve::test {
@@ -34,21 +37,39 @@ void walk_phases(void* context, int worker) {
   }
 }
 
-struct Items {
-  std::atomic<int> next{0};
-  std::vector<int> done;
-};
-
 void burn(int amount) {
   for (int i = 0; i < amount; ++i) std::atomic_signal_fence(std::memory_order_seq_cst);
 }
 
-void claim_items(void* context, int worker) {
-  auto& items = *static_cast<Items*>(context);
-  const int count = static_cast<int>(items.done.size());
-  for (int item = items.next.fetch_add(1); item < count; item = items.next.fetch_add(1)) {
-    burn(item % 7 == 0 ? 20000 : 10 * worker);
-    ++items.done[static_cast<size_t>(item)];
+// Phases as a program has them: queues take turns, and each worker deals the next phase before the barrier.
+struct Phased {
+  ThreadPool* pool;
+  WorkQueue queues[2];
+  std::vector<HandOut> how;
+  std::vector<std::vector<int>> done;  // [phase][item]: how often; plain ints
+  std::atomic<int> mistakes{0};
+
+  explicit Phased(ThreadPool& threads)
+      : pool(&threads), queues{WorkQueue(threads.num_threads()), WorkQueue(threads.num_threads())} {}
+  void deal(size_t phase, int worker) {
+    if (phase < done.size()) queues[phase % 2].deal(worker, static_cast<int64_t>(done[phase].size()), how[phase]);
+  }
+};
+
+void work_through(void* context, int worker) {
+  auto& phased = *static_cast<Phased*>(context);
+  for (size_t phase = 0; phase < phased.done.size(); ++phase) {
+    WorkQueue& queue = phased.queues[phase % 2];
+    int64_t before = -1;
+    for (int64_t item = queue.take(worker, phased.how[phase]); item != WorkQueue::kNone;
+         item = queue.take(worker, phased.how[phase])) {
+      burn(item % 7 == 0 ? 20000 : 10 * worker);
+      ++phased.done[phase][static_cast<size_t>(item)];
+      phased.mistakes += phased.how[phase] == HandOut::kShared && item <= before;
+      before = item;
+    }
+    phased.deal(phase + 1, worker);
+    phased.pool->barrier();
   }
 }
 
@@ -78,16 +99,37 @@ TEST(thread_pool_barrier_separates_phases) {
   }
 }
 
-TEST(thread_pool_does_uneven_work_exactly_once) {
+TEST(work_queue_hands_out_each_item_once) {
   for (int num_threads = 1; num_threads <= 4; ++num_threads) {
     ThreadPool pool(num_threads);
     for (int run = 0; run < 20; ++run) {
-      Items items;
-      items.done.assign(static_cast<size_t>(random.integer(0, 60)), 0);
-      pool.run(claim_items, &items);
-      for (const int done : items.done) CHECK(done == 1, num_threads, " threads");
+      Phased phased(pool);
+      for (int phase = 0; phase < 6; ++phase) {
+        phased.how.push_back(random.chance(0.3) ? HandOut::kShared : HandOut::kRuns);
+        phased.done.emplace_back(static_cast<size_t>(random.integer(0, 60)), 0);
+      }
+      for (int worker = 0; worker < num_threads; ++worker) phased.deal(0, worker);
+      pool.run(work_through, &phased);
+      for (const auto& items : phased.done)
+        CHECK(std::all_of(items.begin(), items.end(), [](int times) { return times == 1; }), num_threads, " threads");
+      CHECK(phased.mistakes == 0, num_threads, " threads");
     }
   }
+}
+
+TEST(work_queue_gives_runs_and_takes_half_of_what_is_left) {
+  WorkQueue queue(2);
+  for (int worker = 0; worker < 2; ++worker) queue.deal(worker, 11, HandOut::kRuns);
+  const auto taken = [&](int worker, int count) {
+    std::vector<int64_t> items;
+    for (int i = 0; i < count; ++i) items.push_back(queue.take(worker, HandOut::kRuns));
+    return items;
+  };
+  CHECK(taken(1, 6) == (std::vector<int64_t>{5, 6, 7, 8, 9, 10}));
+  CHECK(taken(0, 1) == std::vector<int64_t>{0});
+  CHECK(taken(1, 3) == (std::vector<int64_t>{3, 4, 2}));  // of 1..4, then of 1..2
+  CHECK(taken(0, 2) == (std::vector<int64_t>{1, WorkQueue::kNone}));
+  CHECK(taken(1, 1) == std::vector<int64_t>{WorkQueue::kNone});
 }
 
 TEST(thread_pool_starts_and_stops_at_once) {
