@@ -16,21 +16,30 @@ namespace {
 constexpr int kVectors = 4;  // zmm of 16 channels in a tile
 constexpr int kSteps = kGroup / 4;
 constexpr int64_t kStepBytes = kTile * 4;
-constexpr size_t kPrefetchBytes = 2048;
 
 inline __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline __m512 load_f16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-// One or two rows wait for memory: what comes next goes to L1. More rows compute meanwhile: the next chunk goes to L2.
+// One or two rows use up lines as fast as memory brings them: the hardware reads ahead well, with a little help.
 template <bool kNear>
-inline void prefetch(const uint8_t* line, size_t ahead) {
-  if (ahead == 0) return;
-  if (kNear)
-    _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T0);
-  else
-    _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T1);
+inline void prefetch(const uint8_t* line) {
+  if constexpr (kNear) _mm_prefetch(reinterpret_cast<const char*>(line + 1024), _MM_HINT_T1);
 }
+// More rows pass over a chunk of the tile several times. Each pass reads its share of the next chunk into L2, with each
+// block as many bytes: so memory has the time of all rows to deliver, not of the first ones alone.
+struct Ahead {
+  const uint8_t* next = nullptr;
+  size_t step = 0;
+
+  Ahead() = default;
+  Ahead(const uint8_t* chunk, size_t block_bytes, int num_passes)
+      : next(chunk), step((block_bytes / static_cast<size_t>(num_passes) + 63) / 64 * 64) {}
+  void advance() {
+    for (size_t i = 0; i < step; i += 64) _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
+    next += step;
+  }
+};
 inline __m512i broadcast4(const int8_t* p) {
   int32_t four;
   __builtin_memcpy(&four, p, 4);
@@ -123,8 +132,8 @@ inline void start_sums(const Rows& rows, int64_t group, int part, const uint8_t*
 }
 
 // Adds the dot products of a group; of its steps 0..3 or 4..7 where the format has two parts a group.
-template <PackedFormat F, int kRows, int kWidth>
-inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector, size_t ahead,
+template <PackedFormat F, bool kNear, int kRows, int kWidth>
+inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* codes, int vector,
                      __m512i (&sums)[kRows][kWidth]) {
   const int8_t* x = rows.x + group * kGroup;
   const auto add = [&](int step, const __m512i(&lines)[kWidth]) {
@@ -140,7 +149,7 @@ inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* c
       __m512i lines[kWidth];
       for (int v = 0; v < kWidth; ++v) {
         const uint8_t* line = codes + step * kStepBytes + (vector + v) * 64;
-        prefetch<kWidth == kVectors>(line, ahead);
+        prefetch<kNear>(line);
         lines[v] = load(line);
       }
       add(step, lines);
@@ -151,7 +160,7 @@ inline void add_dots(const Rows& rows, int64_t group, int part, const uint8_t* c
       __m512i first[kWidth], second[kWidth];
       for (int v = 0; v < kWidth; ++v) {
         const uint8_t* line = codes + step * kStepBytes + (vector + v) * 64;
-        if (part == 0) prefetch<kWidth == kVectors>(line, ahead);
+        if (part == 0) prefetch<kNear>(line);
         Codes<F>::pair(codes, step, vector + v, first[v], second[v]);
       }
       if (F.group != 16 || part == 0) add(step, first);
@@ -208,13 +217,13 @@ inline void clear_rows(const TileArgs& args, float* out) {
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + r * args.out_stride + v * 16, _mm512_setzero_ps());
 }
 // kRows x (kWidth vectors from `vector` on) of one code group, into float accumulators.
-template <PackedFormat F, int kRows, int kWidth>
+template <PackedFormat F, bool kNear, int kRows, int kWidth>
 inline void one_group(const Rows& rows, int64_t group, const uint8_t* codes, const uint8_t* tables, int vector,
-                      size_t ahead, __m512 (&acc)[kRows][kWidth]) {
+                      __m512 (&acc)[kRows][kWidth]) {
   __m512i sums[kRows][kWidth];
   if constexpr (F.group > kGroup) {
     start_sums<F>(rows, group, 0, codes, vector, sums);
-    add_dots<F>(rows, group, 0, codes, vector, ahead, sums);
+    add_dots<F, kNear>(rows, group, 0, codes, vector, sums);
     for (int r = 0; r < kRows; ++r) {
       const __m512 scale = _mm512_set1_ps(rows.at(r, group).scale);
       for (int v = 0; v < kWidth; ++v) acc[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), scale, acc[r][v]);
@@ -222,16 +231,16 @@ inline void one_group(const Rows& rows, int64_t group, const uint8_t* codes, con
   } else {
     for (int part = 0; part < block_parts(F); ++part) {
       start_sums<F>(rows, group, part, codes, vector, sums);
-      add_dots<F>(rows, group, part, codes, vector, ahead, sums);
+      add_dots<F, kNear>(rows, group, part, codes, vector, sums);
       add_scaled<F>(rows, group, part, tables, vector, sums, acc);
     }
   }
 }
 
 // Groups [first, end) of kRows rows and kWidth vectors from `vector` on; `block` is at `first`.
-template <PackedFormat F, int kRows, int kWidth>
+template <PackedFormat F, bool kNear, int kRows, int kWidth>
 inline void multiply_band(const TileArgs& args, const Rows& rows, const uint8_t* block, int64_t first, int64_t end,
-                          int vector, size_t ahead, float* out) {
+                          int vector, Ahead& ahead, float* out) {
   constexpr int kCount = block_groups(F);
   __m512 acc[kRows][kWidth];
   for (int r = 0; r < kRows; ++r)
@@ -239,9 +248,9 @@ inline void multiply_band(const TileArgs& args, const Rows& rows, const uint8_t*
       acc[r][v] = kCount == 1 ? _mm512_loadu_ps(out + r * args.out_stride + (vector + v) * 16) : _mm512_setzero_ps();
   for (int64_t group = first; group < end; group += kCount, block += packed_block_bytes(F)) {
     const uint8_t* tables = block + static_cast<size_t>(kCount) * codes_bytes(F.bits);
+    ahead.advance();
     for (int i = 0; i < kCount; ++i)
-      one_group<F, kRows, kWidth>(rows, group + i, block + static_cast<size_t>(i) * codes_bytes(F.bits), tables, vector,
-                                  ahead, acc);
+      one_group<F, kNear>(rows, group + i, block + static_cast<size_t>(i) * codes_bytes(F.bits), tables, vector, acc);
     if constexpr (kCount > 1) {
       end_block<F>(rows, group + kCount - 1, tables, vector, acc, out, args.out_stride);
       for (int r = 0; r < kRows; ++r)
@@ -257,40 +266,41 @@ inline void multiply_band(const TileArgs& args, const Rows& rows, const uint8_t*
 struct Chunk {
   const uint8_t* block;
   int64_t first, end;
-  size_t ahead;  // bytes to what the first rows read ahead of themselves, 0: nothing
 };
 
-template <PackedFormat F, int kRows, int kWidth = kRows <= 2 ? kVectors : 2>
-void multiply_rows(const TileArgs& args, const Chunk& chunk, int row) {
+template <PackedFormat F, bool kNear, int kRows, int kWidth>
+void multiply_rows(const TileArgs& args, const Chunk& chunk, int row, Ahead& ahead) {
   float* out = args.out + row * args.out_stride;
   if (chunk.first == 0) clear_rows<kRows>(args, out);
   const Rows rows = rows_from(args, row);
   for (int vector = 0; vector < kVectors; vector += kWidth)
-    multiply_band<F, kRows, kWidth>(args, rows, chunk.block, chunk.first, chunk.end, vector,
-                                    kWidth == kVectors && (kRows <= 2 || row == 0) ? kPrefetchBytes
-                                    : row == 0                                     ? chunk.ahead
-                                                                                   : 0,
-                                    out);
+    multiply_band<F, kNear, kRows, kWidth>(args, rows, chunk.block, chunk.first, chunk.end, vector, ahead, out);
 }
 
+// One or two rows take all channels at once, and so do three or four alone whose codes are to be unpacked.
+constexpr int kNearRows = 2;
+constexpr int rows_of_all_channels(bool unpacks) { return unpacks ? 4 : kNearRows; }
+
 template <PackedFormat F>
-void multiply_chunk(const TileArgs& args, const Chunk& chunk) {
+void multiply_chunk(const TileArgs& args, const Chunk& chunk, Ahead ahead) {
+  constexpr int kRest = rows_of_all_channels(F.bits < 8) >= 3 ? kVectors : 2;
   int row = 0;
-  if (F.bits < 8 && args.rows <= 8)  // all channels at once: what is read from memory is read in one line
-    for (; row + 4 <= args.rows; row += 4) multiply_rows<F, 4, kVectors>(args, chunk, row);
-  for (; row + 6 <= args.rows; row += 6) multiply_rows<F, 6>(args, chunk, row);
+  for (; row + 6 <= args.rows; row += 6) multiply_rows<F, false, 6, 2>(args, chunk, row, ahead);
   switch (args.rows - row) {
-    case 5: return multiply_rows<F, 5>(args, chunk, row);
-    case 4: return multiply_rows<F, 4>(args, chunk, row);
-    case 3: return multiply_rows<F, 3>(args, chunk, row);
-    case 2: return multiply_rows<F, 2>(args, chunk, row);
-    case 1: return multiply_rows<F, 1>(args, chunk, row);
+    case 5: return multiply_rows<F, false, 5, 2>(args, chunk, row, ahead);
+    case 4: return multiply_rows<F, false, 4, kRest>(args, chunk, row, ahead);
+    case 3: return multiply_rows<F, false, 3, kRest>(args, chunk, row, ahead);
+    case 2: return multiply_rows<F, false, 2, kVectors>(args, chunk, row, ahead);
+    case 1: return multiply_rows<F, false, 1, kVectors>(args, chunk, row, ahead);
     default: return;
   }
 }
+constexpr int num_passes(int rows, bool unpacks) {
+  const int rest = rows % 6;
+  return rows / 6 * 2 + (rest == 0 ? 0 : rest <= rows_of_all_channels(unpacks) ? 1 : 2);
+}
 
-// A tile that streams from memory: chunks of about `target` groups, all rows on one before the next, which is read into
-// L2 meanwhile. So memory has the time of all rows to deliver, not of the first ones alone.
+// A tile that streams from memory, in chunks of about `target` groups.
 template <PackedFormat F>
 void multiply_streamed(const TileArgs& args, int64_t target) {
   constexpr int64_t kCount = block_groups(F);
@@ -298,10 +308,10 @@ void multiply_streamed(const TileArgs& args, int64_t target) {
   const int64_t width = (args.num_groups + num_chunks * kCount - 1) / (num_chunks * kCount) * kCount;
   const auto bytes = static_cast<size_t>(width / kCount) * packed_block_bytes(F);
   const int64_t end = args.first_group + args.num_groups;
-  Chunk chunk{args.weights, args.first_group, 0, bytes};
+  Chunk chunk{args.weights, args.first_group, 0};
   for (; chunk.first < end; chunk.first += width, chunk.block += bytes) {
     chunk.end = chunk.first + width < end ? chunk.first + width : end;
-    multiply_chunk<F>(args, chunk);
+    multiply_chunk<F>(args, chunk, {chunk.block + bytes, packed_block_bytes(F), num_passes(args.rows, F.bits < 8)});
   }
 }
 
@@ -310,7 +320,12 @@ constexpr int kFewRows = 32;
 
 template <PackedType kType>
 void gemm_packed(const TileArgs& args) {
-  multiply_streamed<packed_format(kType)>(args, kFewRowsGroups);
+  constexpr PackedFormat F = packed_format(kType);
+  if (args.rows > kNearRows) return multiply_streamed<F>(args, kFewRowsGroups);
+  const Chunk all{args.weights, args.first_group, args.first_group + args.num_groups};
+  Ahead none;
+  args.rows == 1 ? multiply_rows<F, true, 1, kVectors>(args, all, 0, none)
+                 : multiply_rows<F, true, 2, kVectors>(args, all, 0, none);
 }
 
 // Codes unpacked to bytes lie in L2; packed bytes stream.
@@ -320,7 +335,7 @@ void gemm_unpacked(const TileArgs& args) {
   if constexpr (packed_format(kType).bits == 8)
     multiply_streamed<F>(args, args.rows <= kFewRows ? kFewRowsGroups : int64_t{kSlabGroups});
   else
-    multiply_chunk<F>(args, {args.weights, args.first_group, args.first_group + args.num_groups, 0});
+    multiply_chunk<F>(args, {args.weights, args.first_group, args.first_group + args.num_groups}, {});
 }
 
 template <PackedFormat F>
@@ -340,58 +355,80 @@ void unpack_format(const uint8_t* block, int64_t num_groups, uint8_t* out) {
   }
 }
 
-// INT8 per channel with activations scaled per token: one integer sum over all of K, kWidth vectors from `vector` on.
-template <int kRows, int kWidth>
-void i8_columns(const TileArgs& args, int row, int vector) {
+// INT8 per channel with activations scaled per token: one integer sum over all of K. Steps [first, end) of kWidth
+// vectors from `vector` on; what is still a sum lies in `out`.
+template <bool kNear, int kRows, int kWidth>
+void i8_band(const TileArgs& args, int row, int64_t first, int64_t end, int vector, Ahead& ahead) {
   const int64_t stride = padded_columns(args.x.columns), steps = (args.x.columns + 3) / 4;
   const int8_t* x = args.x.i8 + row * stride;
+  const auto place = [&](int r, int v) { return args.out + (row + r) * args.out_stride + (vector + v) * 16; };
   __m512i sums[kRows][kWidth];
   for (int r = 0; r < kRows; ++r) {
     const __m512i zero = _mm512_slli_epi32(_mm512_set1_epi32(args.x.i8_meta[row + r].negative_sum), 7);
-    for (int v = 0; v < kWidth; ++v) sums[r][v] = zero;
+    for (int v = 0; v < kWidth; ++v) sums[r][v] = first == 0 ? zero : _mm512_loadu_si512(place(r, v));
   }
-  const uint8_t* line = args.weights + vector * 64;
-  for (int64_t step = 0; step < steps; ++step, line += kStepBytes) {
-    __m512i codes[kWidth];
-    for (int v = 0; v < kWidth; ++v) {
-      if (kRows <= 4) prefetch<true>(line + v * 64, kPrefetchBytes);
-      codes[v] = load(line + v * 64);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i four = broadcast4(x + r * stride + step * 4);
-      for (int v = 0; v < kWidth; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], codes[v], four);
+  const uint8_t* line = args.weights + first * kStepBytes + vector * 64;
+  for (int64_t block = first; block < end; block += kSteps) {
+    ahead.advance();
+    const int64_t last = block + kSteps < end ? block + kSteps : end;
+    for (int64_t step = block; step < last; ++step, line += kStepBytes) {
+      __m512i codes[kWidth];
+      for (int v = 0; v < kWidth; ++v) {
+        prefetch<kNear>(line + v * 64);
+        codes[v] = load(line + v * 64);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i four = broadcast4(x + r * stride + step * 4);
+        for (int v = 0; v < kWidth; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], codes[v], four);
+      }
     }
   }
   const uint8_t* scales = args.weights + steps * kStepBytes;
-  for (int v = 0; v < kWidth; ++v) {
-    const __m512 scale = _mm512_loadu_ps(scales + (vector + v) * 64);
+  for (int v = 0; v < kWidth; ++v)
     for (int r = 0; r < kRows; ++r) {
-      const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(args.x.i8_meta[row + r].scale));
-      _mm512_storeu_ps(args.out + (row + r) * args.out_stride + (vector + v) * 16,
-                       _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), factor));
+      const __m512 factor =
+          _mm512_mul_ps(_mm512_loadu_ps(scales + (vector + v) * 64), _mm512_set1_ps(args.x.i8_meta[row + r].scale));
+      if (end == steps)
+        _mm512_storeu_ps(place(r, v), _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), factor));
+      else
+        _mm512_storeu_si512(place(r, v), sums[r][v]);
     }
-  }
 }
 
-template <int kRows>
-void i8_rows(const TileArgs& args, int row) {
-  if constexpr (kRows <= 4) return i8_columns<kRows, kVectors>(args, row, 0);
-  for (int vector = 0; vector < kVectors; vector += 2) i8_columns<kRows, 2>(args, row, vector);
+template <bool kNear, int kRows, int kWidth>
+void i8_rows(const TileArgs& args, int row, int64_t first, int64_t end, Ahead& ahead) {
+  for (int vector = 0; vector < kVectors; vector += kWidth)
+    i8_band<kNear, kRows, kWidth>(args, row, first, end, vector, ahead);
+}
+
+void i8_chunk(const TileArgs& args, int64_t first, int64_t end, Ahead ahead) {
+  int row = 0;
+  for (; row + 6 <= args.rows; row += 6) i8_rows<false, 6, 2>(args, row, first, end, ahead);
+  switch (args.rows - row) {
+    case 5: return i8_rows<false, 5, 2>(args, row, first, end, ahead);
+    case 4: return i8_rows<false, 4, kVectors>(args, row, first, end, ahead);
+    case 3: return i8_rows<false, 3, kVectors>(args, row, first, end, ahead);
+    case 2: return i8_rows<false, 2, kVectors>(args, row, first, end, ahead);
+    case 1: return i8_rows<false, 1, kVectors>(args, row, first, end, ahead);
+    default: return;
+  }
 }
 
 void gemm_i8(const TileArgs& args) {
-  int row = 0;
-  if (args.rows > 4)
-    for (; row + 6 <= args.rows; row += 6) i8_rows<6>(args, row);
-  if (row + 4 <= args.rows) {
-    i8_rows<4>(args, row);
-    row += 4;
+  const int64_t steps = (args.x.columns + 3) / 4,
+                width = (args.rows <= kFewRows ? kFewRowsGroups : kSlabGroups) * kSteps;
+  Ahead none;
+  switch (args.rows) {
+    case 4: return i8_rows<true, 4, kVectors>(args, 0, 0, steps, none);
+    case 3: return i8_rows<true, 3, kVectors>(args, 0, 0, steps, none);
+    case 2: return i8_rows<true, 2, kVectors>(args, 0, 0, steps, none);
+    case 1: return i8_rows<true, 1, kVectors>(args, 0, 0, steps, none);
+    default: break;
   }
-  if (row + 2 <= args.rows) {
-    i8_rows<2>(args, row);
-    row += 2;
+  for (int64_t first = 0; first < steps; first += width) {
+    const int64_t end = first + width < steps ? first + width : steps;
+    i8_chunk(args, first, end, {args.weights + end * kStepBytes, kSteps * kStepBytes, num_passes(args.rows, true)});
   }
-  if (row < args.rows) i8_rows<1>(args, row);
 }
 
 template <PackedType kType>
