@@ -26,15 +26,15 @@ template <bool kNear>
 inline void prefetch(const uint8_t* line) {
   if constexpr (kNear) _mm_prefetch(reinterpret_cast<const char*>(line + 1024), _MM_HINT_T1);
 }
-// More rows pass over a chunk of the tile several times. Each pass reads its share of the next chunk into L2, with each
-// block as many bytes: so memory has the time of all rows to deliver, not of the first ones alone.
+// More rows pass over a chunk of the tile several times. Each pass reads its share of what comes next into L2, with
+// each code group as many bytes: so memory has the time of all rows to deliver, not of the first ones alone.
 struct Ahead {
   const uint8_t* next = nullptr;
   size_t step = 0;
 
   Ahead() = default;
-  Ahead(const uint8_t* chunk, size_t block_bytes, int num_passes)
-      : next(chunk), step((block_bytes / static_cast<size_t>(num_passes) + 63) / 64 * 64) {}
+  Ahead(const uint8_t* chunk, size_t group_bytes, int num_passes)
+      : next(chunk), step((group_bytes / static_cast<size_t>(num_passes) + 63) / 64 * 64) {}
   void advance() {
     for (size_t i = 0; i < step; i += 64) _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
     next += step;
@@ -248,9 +248,10 @@ inline void multiply_band(const TileArgs& args, const Rows& rows, const uint8_t*
       acc[r][v] = kCount == 1 ? _mm512_loadu_ps(out + r * args.out_stride + (vector + v) * 16) : _mm512_setzero_ps();
   for (int64_t group = first; group < end; group += kCount, block += packed_block_bytes(F)) {
     const uint8_t* tables = block + static_cast<size_t>(kCount) * codes_bytes(F.bits);
-    ahead.advance();
-    for (int i = 0; i < kCount; ++i)
+    for (int i = 0; i < kCount; ++i) {
+      ahead.advance();
       one_group<F, kNear>(rows, group + i, block + static_cast<size_t>(i) * codes_bytes(F.bits), tables, vector, acc);
+    }
     if constexpr (kCount > 1) {
       end_block<F>(rows, group + kCount - 1, tables, vector, acc, out, args.out_stride);
       for (int r = 0; r < kRows; ++r)
@@ -300,6 +301,10 @@ constexpr int num_passes(int rows, bool unpacks) {
   return rows / 6 * 2 + (rest == 0 ? 0 : rest <= rows_of_all_channels(unpacks) ? 1 : 2);
 }
 
+constexpr size_t group_bytes(PackedFormat format) {
+  return packed_block_bytes(format) / static_cast<size_t>(block_groups(format));
+}
+
 // A tile that streams from memory, in chunks of about `target` groups.
 template <PackedFormat F>
 void multiply_streamed(const TileArgs& args, int64_t target) {
@@ -311,7 +316,7 @@ void multiply_streamed(const TileArgs& args, int64_t target) {
   Chunk chunk{args.weights, args.first_group, 0};
   for (; chunk.first < end; chunk.first += width, chunk.block += bytes) {
     chunk.end = chunk.first + width < end ? chunk.first + width : end;
-    multiply_chunk<F>(args, chunk, {chunk.block + bytes, packed_block_bytes(F), num_passes(args.rows, F.bits < 8)});
+    multiply_chunk<F>(args, chunk, {chunk.block + bytes, group_bytes(F), num_passes(args.rows, F.bits < 8)});
   }
 }
 
@@ -328,14 +333,15 @@ void gemm_packed(const TileArgs& args) {
                  : multiply_rows<F, true, 2, kVectors>(args, all, 0, none);
 }
 
-// Codes unpacked to bytes lie in L2; packed bytes stream.
+// Codes unpacked to bytes lie in L2, and what is unpacked next is read meanwhile; packed bytes stream.
 template <PackedType kType>
 void gemm_unpacked(const TileArgs& args) {
   constexpr PackedFormat F = unpacked(packed_format(kType));
   if constexpr (packed_format(kType).bits == 8)
     multiply_streamed<F>(args, args.rows <= kFewRows ? kFewRowsGroups : int64_t{kSlabGroups});
   else
-    multiply_chunk<F>(args, {args.weights, args.first_group, args.first_group + args.num_groups}, {});
+    multiply_chunk<F>(args, {args.weights, args.first_group, args.first_group + args.num_groups},
+                      {args.next, group_bytes(packed_format(kType)), num_passes(args.rows, false)});
 }
 
 template <PackedFormat F>

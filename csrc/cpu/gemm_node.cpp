@@ -65,9 +65,13 @@ void GemmNode::multiply_unpacked(const uint8_t* tile, TileArgs args, const Worke
   const auto type = static_cast<size_t>(exact ? PackedType::kF32 : matrix->type);
   args.weights = worker.scratch;
   for (int64_t group = 0; group < groups; group += width) {
-    const uint8_t* blocks = tile + static_cast<size_t>(group / block_groups(format)) * packed_block_bytes(format);
+    const auto blocks_at = [&](int64_t at) {
+      return tile + static_cast<size_t>(at / block_groups(format)) * packed_block_bytes(format);
+    };
+    const uint8_t* blocks = blocks_at(group);
     args.first_group = group;
     args.num_groups = std::min(width, groups - group);
+    args.next = blocks_at(group + args.num_groups);  // past the last slab lies the next tile
     if (exact)
       kernels.dequantize_tile(matrix->type, blocks, args.num_groups, reinterpret_cast<float*>(worker.scratch));
     else
@@ -86,8 +90,10 @@ void GemmNode::multiply(const uint8_t* tile, TileArgs args, const Worker& worker
 }
 
 void GemmNode::run(const Step& step, int64_t index, const Worker& worker) const {
-  const int64_t ranges = num_ranges(step), first_row = index % ranges * kRangeRows;
-  const GemmItem& item = items[static_cast<size_t>(index / ranges)];
+  // All items of a range of rows follow each other: its activations stay in L2.
+  const auto num_tiled = static_cast<int64_t>(items.size());
+  const int64_t first_row = index / num_tiled * kRangeRows;
+  const GemmItem& item = items[static_cast<size_t>(index % num_tiled)];
   auto* out_rows = reinterpret_cast<float*>(worker.scratch + slab_bytes());
   TileArgs args;
   args.x = in.at(first_row);

@@ -16,6 +16,7 @@ namespace llmserve {
 // first.
 struct TileArgs {
   const uint8_t* weights = nullptr;  // packed or unpacked, at `first_group`
+  const uint8_t* next = nullptr;     // unpacked weights: the packed ones that come next, to be read ahead
   Activations x;                     // pointers at the first row and column 0
   int64_t first_group = 0;
   int64_t num_groups = 0;  // the last may be partial where K is no multiple of 32 (bf16, f32)
