@@ -4,8 +4,9 @@
 // own, which is merged into the running one; masked positions add exact zeros. So a query's result does not depend on
 // how many queries are computed together, nor on how the prompt was cut into chunks.
 //
-// The including file gives two micro-kernels (the portable ones below, or its own with LLMSERVE_OWN_ATTENTION_MICRO):
-//   score_block: 16 scores of `rows` queries against one K block
+// The including file gives three micro-kernels (the portable ones below, or its own with LLMSERVE_OWN_ATTENTION_MICRO):
+//   score_tile:  scores of `rows` queries against the K blocks of a tile
+//   softmax_row: a row of scores to bf16 probabilities, with the tile's m and l
 //   value_tile:  out[row][0..D) = sum over blocks of P[row] . V
 
 struct AttentionScratch {
@@ -18,7 +19,10 @@ struct AttentionScratch {
   float* l;       // [rows]
   float* tile_m;  // [rows]
   float* tile_l;  // [rows]
-  uint16_t* kv;   // the tile\'s blocks in bf16, where the cache is int8
+  // Where the cache is int8: the codes of the tile's blocks as bf16, which holds them exactly, and the tokens' scales.
+  uint16_t* kv;
+  float* key_scales;    // [256]
+  float* value_scales;  // [256]
 };
 
 static AttentionScratch carve(uint8_t* base, int head_dim) {
@@ -31,7 +35,9 @@ static AttentionScratch carve(uint8_t* base, int head_dim) {
   s.l = s.m + rows;
   s.tile_m = s.l + rows;
   s.tile_l = s.tile_m + rows;
-  s.p = reinterpret_cast<uint16_t*>(s.tile_l + rows);
+  s.key_scales = s.tile_l + rows;
+  s.value_scales = s.key_scales + kKvTile;
+  s.p = reinterpret_cast<uint16_t*>(s.value_scales + kKvTile);
   s.q = s.p + rows * kKvTile;
   s.kv = s.q + rows * d;
   return s;
@@ -77,20 +83,14 @@ static void score_tile(const AttentionArgs& args, const int32_t* table, int num_
   for (int block = 0; block < num_blocks; ++block)
     score_block(s.q, args.kv + table[block] * args.block_stride, s.scores + block * kKvBlock, rows, args.head_dim);
 }
-#endif
 
-static void load_queries(const AttentionArgs& args, const AttentionScratch& s) {
-  const float factor = args.scale * 1.44269504088896341f;
-  uint16_t* out = s.q;
-  for (int token = 0; token < args.num_tokens; ++token) {
-    const float* q = args.q + token * args.q_stride;
-    for (int i = 0; i < args.heads * args.head_dim; ++i) *out++ = to_bf16(q[i] * factor);
-  }
-}
-
-// Masks one row of a tile to [first, last], turns scores into bf16 probabilities and gives the tile's m and l.
-static void softmax_row(float* scores, uint16_t* p, int count, int first, int last, float* m, float* l) {
+// One row of a tile: scores (times the keys' scales, where they are not null), masked to [first, last], become bf16
+// probabilities (times the values' scales); also the tile's m and l.
+static void softmax_row(float* scores, uint16_t* p, int count, int first, int last, const float* key_scales,
+                        const float* value_scales, float* m, float* l) {
   const float minus_infinity = -__builtin_inff();
+  if (key_scales != nullptr)
+    for (int t = 0; t < count; ++t) scores[t] *= key_scales[t];
   for (int t = 0; t < count; ++t) scores[t] = t < first || t > last ? minus_infinity : scores[t];
   float lanes[kLanes];
   for (int j = 0; j < kLanes; ++j) lanes[j] = minus_infinity;
@@ -103,12 +103,22 @@ static void softmax_row(float* scores, uint16_t* p, int count, int first, int la
   for (int j = 0; j < kLanes; ++j) lanes[j] = 0.0f;
   for (int t = 0; t < count; t += kLanes) {
     for (int j = 0; j < kLanes; ++j) {
-      const uint16_t rounded = to_bf16(exp2_poly(scores[t + j] - origin));
-      p[t + j] = rounded;
-      lanes[j] += from_bf16(rounded);
+      const float weight = exp2_poly(scores[t + j] - origin);
+      p[t + j] = to_bf16(value_scales == nullptr ? weight : weight * value_scales[t + j]);
+      lanes[j] += value_scales == nullptr ? from_bf16(p[t + j]) : weight;
     }
   }
   *l = reduce_lanes(lanes);
+}
+#endif
+
+static void load_queries(const AttentionArgs& args, const AttentionScratch& s) {
+  const float factor = args.scale * 1.44269504088896341f;
+  uint16_t* out = s.q;
+  for (int token = 0; token < args.num_tokens; ++token) {
+    const float* q = args.q + token * args.q_stride;
+    for (int i = 0; i < args.heads * args.head_dim; ++i) *out++ = to_bf16(q[i] * factor);
+  }
 }
 
 static void merge_row(const AttentionScratch& s, int row, int head_dim) {
@@ -122,18 +132,16 @@ static void merge_row(const AttentionScratch& s, int row, int head_dim) {
   s.m[row] = m;
 }
 
-// The tile's blocks of an int8 cache as bf16 blocks, one after the other.
-static void expand_blocks(const AttentionArgs& args, const int32_t* table, int num_blocks, uint16_t* out) {
-  const int d_count = args.head_dim;
-  for (int block = 0; block < num_blocks; ++block) {
+// The tile's blocks of an int8 cache, one after the other.
+static void expand_blocks(const AttentionArgs& args, const int32_t* table, int num_blocks, const AttentionScratch& s) {
+  const int64_t count = int64_t{2} * kKvBlock * args.head_dim;
+  uint16_t* out = s.kv;
+  for (int block = 0; block < num_blocks; ++block, out += count) {
     const auto* codes = reinterpret_cast<const int8_t*>(args.kv + table[block] * args.block_stride);
-    float scales[2 * kKvBlock];
-    __builtin_memcpy(scales, codes + int64_t{2} * kKvBlock * d_count, sizeof(scales));
-    for (int d = 0; d < d_count; d += 2)
-      for (int i = 0; i < 2 * kKvBlock; ++i) *out++ = to_bf16(static_cast<float>(*codes++) * scales[i / 2]);
-    for (int t = 0; t < kKvBlock; t += 2)
-      for (int i = 0; i < 2 * d_count; ++i)
-        *out++ = to_bf16(static_cast<float>(*codes++) * scales[kKvBlock + t + i % 2]);
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint16_t>(float_bits(static_cast<float>(codes[i])) >> 16);
+    __builtin_memcpy(s.key_scales + block * kKvBlock, codes + count, kKvBlock * sizeof(float));
+    __builtin_memcpy(s.value_scales + block * kKvBlock, codes + count + kKvBlock * sizeof(float),
+                     kKvBlock * sizeof(float));
   }
 }
 
@@ -145,7 +153,7 @@ static void attend_tile(const AttentionArgs& args, const AttentionScratch& s, in
   AttentionArgs plain = args;
   int32_t expanded[kKvTile / kKvBlock];
   if (args.int8) {
-    expand_blocks(args, table, num_blocks, s.kv);
+    expand_blocks(args, table, num_blocks, s);
     plain.kv = s.kv;
     plain.block_stride = int64_t{2} * kKvBlock * args.head_dim;
     for (int block = 0; block < num_blocks; ++block) expanded[block] = block;
@@ -156,7 +164,8 @@ static void attend_tile(const AttentionArgs& args, const AttentionScratch& s, in
     const int position = args.first_position + row / args.heads;
     const int first = args.window > 0 ? position - args.window + 1 - tile_start : 0;
     softmax_row(s.scores + static_cast<int64_t>(row) * kKvTile, s.p + static_cast<int64_t>(row) * kKvTile,
-                num_blocks * kKvBlock, first, position - tile_start, &s.tile_m[row], &s.tile_l[row]);
+                num_blocks * kKvBlock, first, position - tile_start, args.int8 ? s.key_scales : nullptr,
+                args.int8 ? s.value_scales : nullptr, &s.tile_m[row], &s.tile_l[row]);
   }
   value_tile(plain, table, num_blocks, s, rows);
   for (int row = 0; row < rows; ++row) merge_row(s, row, args.head_dim);

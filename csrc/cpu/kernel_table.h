@@ -50,7 +50,7 @@ struct AttentionArgs {
 };
 constexpr size_t attention_scratch_bytes(int head_dim) {
   return static_cast<size_t>(kMaxQueryRows) * (static_cast<size_t>(head_dim) * (2 + 4 + 4) + kKvTile * (4 + 2) + 16) +
-         static_cast<size_t>(kKvTile) * static_cast<size_t>(head_dim) * 2 * 2 + 256;
+         static_cast<size_t>(kKvTile) * (static_cast<size_t>(head_dim) * 2 * 2 + 2 * 4) + 256;
 }
 
 struct HeadRow {
