@@ -264,6 +264,9 @@ class Program:
         window: int,
         layer: int,
         scale: float,
+        bidirectional: bool,
+        softcap: float,
+        sinks: NDArray[np.float32] | None,
     ) -> None: ...
     def add_sample(self, logits: Value, maxima: Value | None = None) -> None: ...
     def allocate_kv(

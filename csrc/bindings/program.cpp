@@ -154,7 +154,7 @@ void add_heads(Program& program, const PackedMatrix& matrix, const Value& in, co
 }
 
 void add_attention(Program& program, const Value& q, const Value& out, int heads, int kv_heads, int head_dim,
-                   int window, int layer, float scale) {
+                   int window, int layer, float scale, bool bidirectional, float softcap, const py::object& sinks) {
   auto node = std::make_unique<AttentionNode>();
   node->q = q;
   node->out = out;
@@ -164,6 +164,11 @@ void add_attention(Program& program, const Value& q, const Value& out, int heads
   node->window = window;
   node->layer = layer;
   node->scale = scale;
+  node->bidirectional = bidirectional;
+  node->softcap = softcap;
+  node->sinks = to_vector<float>(sinks);
+  if (!node->sinks.empty() && static_cast<int>(node->sinks.size()) != heads)
+    throw std::invalid_argument("sinks: one for each of " + std::to_string(heads) + " heads expected");
   program.set_query_heads_per_kv_head(heads / kv_heads);
   program.add_node(std::move(node));
 }
@@ -293,7 +298,8 @@ void bind_builders(py::class_<Program>& program) {
            py::arg("bias"), py::arg("rope"), py::arg("query_norm"), py::arg("key_norm"), py::arg("norm_eps"),
            py::arg("head_dim"), py::arg("layer"))
       .def("add_attention", &add_attention, py::arg("q"), py::arg("out"), py::arg("heads"), py::arg("kv_heads"),
-           py::arg("head_dim"), py::arg("window"), py::arg("layer"), py::arg("scale"))
+           py::arg("head_dim"), py::arg("window"), py::arg("layer"), py::arg("scale"), py::arg("bidirectional"),
+           py::arg("softcap"), py::arg("sinks"))
       .def(
           "add_sample",
           [](Program& self, const Value& logits, const Value* maxima) {

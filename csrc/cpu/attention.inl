@@ -9,6 +9,8 @@
 //   softmax_row: a row of scores to bf16 probabilities, with the tile's m and l
 //   value_tile:  out[row][0..D) = sum over blocks of P[row] . V
 
+constexpr float kLog2E = 1.44269504088896341f;  // powers of two stand for those of e
+
 struct AttentionScratch {
   uint16_t* q;    // [rows][D] bf16, scaled by scale * log2(e)
   float* scores;  // [rows][256]
@@ -84,13 +86,11 @@ static void score_tile(const AttentionArgs& args, const int32_t* table, int num_
     score_block(s.q, args.kv + table[block] * args.block_stride, s.scores + block * kKvBlock, rows, args.head_dim);
 }
 
-// One row of a tile: scores (times the keys' scales, where they are not null), masked to [first, last], become bf16
-// probabilities (times the values' scales); also the tile's m and l.
-static void softmax_row(float* scores, uint16_t* p, int count, int first, int last, const float* key_scales,
-                        const float* value_scales, float* m, float* l) {
+// One row of a tile: scores, masked to [first, last], become bf16 probabilities (times the values' scales, where they
+// are not null); also the tile's m and l.
+static void softmax_row(float* scores, uint16_t* p, int count, int first, int last, const float* value_scales, float* m,
+                        float* l) {
   const float minus_infinity = -__builtin_inff();
-  if (key_scales != nullptr)
-    for (int t = 0; t < count; ++t) scores[t] *= key_scales[t];
   for (int t = 0; t < count; ++t) scores[t] = t < first || t > last ? minus_infinity : scores[t];
   float lanes[kLanes];
   for (int j = 0; j < kLanes; ++j) lanes[j] = minus_infinity;
@@ -113,7 +113,7 @@ static void softmax_row(float* scores, uint16_t* p, int count, int first, int la
 #endif
 
 static void load_queries(const AttentionArgs& args, const AttentionScratch& s) {
-  const float factor = args.scale * 1.44269504088896341f;
+  const float factor = args.scale * kLog2E;
   uint16_t* out = s.q;
   for (int token = 0; token < args.num_tokens; ++token) {
     const float* q = args.q + token * args.q_stride;
@@ -145,9 +145,29 @@ static void expand_blocks(const AttentionArgs& args, const int32_t* table, int n
   }
 }
 
-static void attend_tile(const AttentionArgs& args, const AttentionScratch& s, int rows, int tile_start) {
-  const int last_position = args.first_position + args.num_tokens - 1;
-  const int in_tile = last_position - tile_start + 1 < kKvTile ? last_position - tile_start + 1 : kKvTile;
+// What a query at `position` sees: [first, last].
+struct Sight {
+  int first, last;
+};
+static Sight sight_of(const AttentionArgs& args, int position) {
+  const int oldest = position - args.window + 1, newest = position + args.window - 1;
+  Sight sight{0, position};
+  if (args.num_keys > 0) sight.last = args.window > 0 && newest < args.num_keys ? newest : args.num_keys - 1;
+  if (args.window > 0 && oldest > 0) sight.first = oldest;
+  return sight;
+}
+
+// Scores before they are masked: whole numbers times the keys' scales, then the soft cap.
+static void adjust_scores(const AttentionArgs& args, float* scores, int count, const float* key_scales) {
+  if (args.int8)
+    for (int t = 0; t < count; ++t) scores[t] *= key_scales[t];
+  if (args.softcap == 0.0f) return;
+  const float cap = args.softcap * kLog2E, twice_inverse = 2.0f / cap;
+  for (int t = 0; t < count; ++t) scores[t] = cap - 2.0f * cap / (1.0f + exp_poly(scores[t] * twice_inverse));
+}
+
+static void attend_tile(const AttentionArgs& args, const AttentionScratch& s, int rows, int tile_start, int last_key) {
+  const int in_tile = last_key - tile_start + 1 < kKvTile ? last_key - tile_start + 1 : kKvTile;
   const int num_blocks = (in_tile + kKvBlock - 1) / kKvBlock;
   const int32_t* table = args.table + tile_start / kKvBlock;
   AttentionArgs plain = args;
@@ -161,11 +181,11 @@ static void attend_tile(const AttentionArgs& args, const AttentionScratch& s, in
   }
   score_tile(plain, table, num_blocks, s, rows);
   for (int row = 0; row < rows; ++row) {
-    const int position = args.first_position + row / args.heads;
-    const int first = args.window > 0 ? position - args.window + 1 - tile_start : 0;
-    softmax_row(s.scores + static_cast<int64_t>(row) * kKvTile, s.p + static_cast<int64_t>(row) * kKvTile,
-                num_blocks * kKvBlock, first, position - tile_start, args.int8 ? s.key_scales : nullptr,
-                args.int8 ? s.value_scales : nullptr, &s.tile_m[row], &s.tile_l[row]);
+    const Sight sight = sight_of(args, args.first_position + row / args.heads);
+    float* scores = s.scores + static_cast<int64_t>(row) * kKvTile;
+    adjust_scores(args, scores, num_blocks * kKvBlock, s.key_scales);
+    softmax_row(scores, s.p + static_cast<int64_t>(row) * kKvTile, num_blocks * kKvBlock, sight.first - tile_start,
+                sight.last - tile_start, args.int8 ? s.value_scales : nullptr, &s.tile_m[row], &s.tile_l[row]);
   }
   value_tile(plain, table, num_blocks, s, rows);
   for (int row = 0; row < rows; ++row) merge_row(s, row, args.head_dim);
@@ -175,15 +195,15 @@ static void attention(const AttentionArgs& args) {
   const AttentionScratch s = carve(args.scratch, args.head_dim);
   const int rows = args.num_tokens * args.heads;
   load_queries(args, s);
-  for (int row = 0; row < rows; ++row) {
-    s.m[row] = -__builtin_inff();
-    s.l[row] = 0.0f;
+  for (int row = 0; row < rows; ++row) {  // a sink has weight 1 from the start
+    s.m[row] = args.sinks == nullptr ? -__builtin_inff() : args.sinks[row % args.heads] * kLog2E;
+    s.l[row] = args.sinks == nullptr ? 0.0f : 1.0f;
   }
   __builtin_memset(s.o, 0, static_cast<size_t>(rows) * static_cast<size_t>(args.head_dim) * sizeof(float));
-  const int oldest = args.window > 0 ? args.first_position - args.window + 1 : 0;
-  const int last_position = args.first_position + args.num_tokens - 1;
-  for (int tile = (oldest > 0 ? oldest : 0) / kKvTile * kKvTile; tile <= last_position; tile += kKvTile)
-    attend_tile(args, s, rows, tile);
+  const int first_key = sight_of(args, args.first_position).first;
+  const int last_key = sight_of(args, args.first_position + args.num_tokens - 1).last;
+  for (int tile = first_key / kKvTile * kKvTile; tile <= last_key; tile += kKvTile)
+    attend_tile(args, s, rows, tile, last_key);
   for (int row = 0; row < rows; ++row) {
     const float factor = 1.0f / s.l[row];
     const float* o = s.o + static_cast<int64_t>(row) * args.head_dim;

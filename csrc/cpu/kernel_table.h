@@ -38,7 +38,10 @@ struct AttentionArgs {
   int heads = 0;  // query heads of this KV head
   int head_dim = 0;
   int first_position = 0;
-  int window = 0;  // 0: all
+  int window = 0;                // a query at i sees j with |i - j| < window; 0: all
+  int num_keys = 0;              // a query sees all of so many keys, later ones too; 0: causal
+  float softcap = 0;             // a score s becomes softcap * tanh(s / softcap); 0: as it is
+  const float* sinks = nullptr;  // [heads]: a score without a value, part of every sum of weights; null: none
   float scale = 0;
   const int32_t* table = nullptr;  // block table of the sequence
   const uint16_t* kv = nullptr;    // this layer and KV head: K [D/2][16][2] then V [8][D][2] of block 0

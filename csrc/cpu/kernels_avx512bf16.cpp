@@ -93,8 +93,8 @@ static void score_tile(const AttentionArgs& args, const int32_t* table, int num_
                        int rows);
 static void value_tile(const AttentionArgs& args, const int32_t* table, int num_blocks, const AttentionScratch& s,
                        int rows);
-static void softmax_row(float* scores, uint16_t* p, int count, int first, int last, const float* key_scales,
-                        const float* value_scales, float* m, float* l);
+static void softmax_row(float* scores, uint16_t* p, int count, int first, int last, const float* value_scales, float* m,
+                        float* l);
 #include "cpu/attention.inl"
 
 static void score_tile(const AttentionArgs& args, const int32_t* table, int num_blocks, const AttentionScratch& s,
@@ -155,11 +155,8 @@ static inline float weigh_row(const float* scores, uint16_t* p, int count, float
   return _mm512_reduce_add_ps(sums);
 }
 
-static void softmax_row(float* scores, uint16_t* p, int count, int first, int last, const float* key_scales,
-                        const float* value_scales, float* m, float* l) {
-  if (key_scales != nullptr)
-    for (int t = 0; t < count; t += 16)
-      _mm512_storeu_ps(scores + t, _mm512_mul_ps(_mm512_loadu_ps(scores + t), _mm512_loadu_ps(key_scales + t)));
+static void softmax_row(float* scores, uint16_t* p, int count, int first, int last, const float* value_scales, float* m,
+                        float* l) {
   if (first > 0 || last < count - 1) mask_row(scores, count, first, last);
   __m512 top = _mm512_set1_ps(-__builtin_inff());
   for (int t = 0; t < count; t += 16) top = _mm512_max_ps(_mm512_loadu_ps(scores + t), top);

@@ -163,10 +163,13 @@ class AttentionNode : public Node {
  public:
   Value q, out;
   int heads = 0, kv_heads = 0, head_dim = 0, window = 0, layer = 0;
-  float scale = 0;
+  bool bidirectional = false;
+  float scale = 0, softcap = 0;
+  std::vector<float> sinks;  // [heads], empty: none
 
   const char* kind() const override { return "attention"; }
   HandOut hand_out() const override { return HandOut::kShared; }  // the longest first
+  void check(const StepArrays& arrays) const override;
   int64_t num_items(const Step& step) const override { return static_cast<int64_t>(step.chunks.size()) * kv_heads; }
   void run(const Step& step, int64_t item, const Worker& worker) const override;
   size_t scratch_bytes() const override;

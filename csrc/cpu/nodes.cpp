@@ -97,6 +97,13 @@ size_t AttentionNode::scratch_bytes() const {
   return attention_scratch_bytes(head_dim) + rows;
 }
 
+void AttentionNode::check(const StepArrays& arrays) const {
+  for (int seq = 0; bidirectional && seq < arrays.num_seqs; ++seq)
+    if (arrays.query_start[seq + 1] - arrays.query_start[seq] != arrays.seq_lens[seq])
+      throw std::invalid_argument("query_start: sequence " + std::to_string(seq) +
+                                  " is not whole in the step, as bidirectional attention needs it");
+}
+
 void AttentionNode::run(const Step& step, int64_t item, const Worker& worker) const {
   const QueryChunk& chunk = step.chunks[static_cast<size_t>(item / kv_heads)];
   const int kv_head = static_cast<int>(item % kv_heads);
@@ -110,7 +117,10 @@ void AttentionNode::run(const Step& step, int64_t item, const Worker& worker) co
   args.head_dim = head_dim;
   args.first_position = step.positions[chunk.first_row];
   args.window = window;
+  args.num_keys = bidirectional ? step.seq_lens[chunk.seq] : 0;
   args.scale = scale;
+  args.softcap = softcap;
+  args.sinks = sinks.empty() ? nullptr : sinks.data() + int64_t{kv_head} * group;
   args.table = step.tables[static_cast<size_t>(chunk.seq)];
   args.kv = step.kv->at(layer, 0, kv_head);
   args.block_stride = step.kv->block_stride();

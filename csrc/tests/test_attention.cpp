@@ -15,7 +15,9 @@ constexpr double kLog2E = 1.4426950408889634;
 // A sequence whose keys and values lie in scattered blocks; other heads and other blocks are NaN.
 struct Case {
   int head_dim = 0, heads = 0, window = 0, num_tokens = 0;  // tokens of the sequence
-  float scale = 0;
+  float scale = 0, softcap = 0;
+  bool bidirectional = false;
+  std::vector<float> sinks;
   int64_t block_stride = 0, head_offset = 0;
   Exact<float> q;  // [num_tokens][heads * head_dim]
   Exact<uint16_t> kv;
@@ -89,7 +91,10 @@ std::vector<float> attend(const Case& made, const KernelTable& kernels, int firs
   args.head_dim = made.head_dim;
   args.first_position = first;
   args.window = made.window;
+  args.num_keys = made.bidirectional ? made.num_tokens : 0;
   args.scale = made.scale;
+  args.softcap = made.softcap;
+  args.sinks = made.sinks.empty() ? nullptr : made.sinks.data();
   args.table = made.table.data();
   args.kv = made.kv.data() + made.head_offset;
   args.block_stride = made.block_stride;
@@ -111,25 +116,30 @@ struct Row {
   std::vector<double> value, bound;
 };
 
-// Softmax attention of one query head in double, over keys [oldest, position]. The kernels round the scaled query and
+// Softmax attention of one query head in double, over keys [oldest, newest]. The kernels round the scaled query and
 // the probabilities to bf16: the first is done here too, the second may move a result by 2^-8 of its terms' sizes.
 Row expected_row(const Case& made, int position, int head, int window) {
   const int oldest = window > 0 ? std::max(0, position - window + 1) : 0;
+  const int end = window > 0 ? std::min(made.num_tokens, position + window) : made.num_tokens;
+  const int newest = made.bidirectional ? end - 1 : position;
+  const double cap = double{made.softcap} * kLog2E;
   std::vector<double> scores;
   double largest = -INFINITY, roughness = 0.0;
   const float factor = made.scale * static_cast<float>(kLog2E);
-  for (int token = oldest; token <= position; ++token) {
+  for (int token = oldest; token <= newest; ++token) {
     double score = 0.0, magnitude = 0.0;
     for (int d = 0; d < made.head_dim; ++d) {
       const double term = bf16_value(nearest_bf16(made.query(position, head)[d] * factor)) * made.key(token, d);
       score += term;
       magnitude += std::fabs(term);
     }
+    if (cap > 0) score = cap * std::tanh(score / cap);
     scores.push_back(score);
     largest = std::max(largest, score);
-    roughness = std::max(roughness, magnitude * kEpsilon * (made.head_dim + 2));
+    roughness = std::max(roughness, (magnitude * (made.head_dim + 2) + 4 * cap) * kEpsilon);
   }
-  double total = 0.0;
+  const double sink = made.sinks.empty() ? -INFINITY : made.sinks[static_cast<size_t>(head)] * kLog2E;
+  double total = std::exp2(sink - largest);
   for (double& score : scores) total += score = std::exp2(score - largest);
   Row row{std::vector<double>(static_cast<size_t>(made.head_dim)),
           std::vector<double>(static_cast<size_t>(made.head_dim))};
@@ -162,7 +172,15 @@ std::string mistake(const Case& made, const std::vector<float>& got, int first, 
 }
 
 std::string describe(const std::string& name, const Case& made) {
-  return join(name, " D=", made.head_dim, " heads=", made.heads, " window=", made.window, " tokens=", made.num_tokens);
+  return join(name, " D=", made.head_dim, " heads=", made.heads, " window=", made.window, " tokens=", made.num_tokens,
+              " cap=", made.softcap, " sinks=", made.sinks.size(), made.bidirectional ? " bidirectional" : "");
+}
+
+void set_options(Random& random, Case& made) {
+  if (random.chance(0.3)) made.softcap = random.uniform(0.2f, 3.0f);
+  made.bidirectional = random.chance(0.3);
+  if (random.chance(0.3))
+    for (int head = 0; head < made.heads; ++head) made.sinks.push_back(random.uniform(-3.0f, 3.0f));
 }
 
 constexpr int kLengths[] = {1, 2, 15, 16, 17, 31, 33, 64, 100, 255, 256, 257, 272, 300, 511, 512, 513, 530};
@@ -176,7 +194,8 @@ TEST(attention_agrees_with_double) {
     for (int round = 0; round < 24; ++round) {
       const int length = round < 18 ? kLengths[round] : static_cast<int>(random.integer(1, 600));
       const int heads = static_cast<int>(random.integer(1, 8));
-      const Case made = random_case(random, length, random.pick(kHeadDims), heads, random.pick(kWindows));
+      Case made = random_case(random, length, random.pick(kHeadDims), heads, random.pick(kWindows));
+      set_options(random, made);
       const int count = static_cast<int>(random.integer(1, std::min(length, kMaxQueryRows / heads)));
       const std::vector<float> got = attend(made, kernels, length - count, count, describe(name, made));
       const int shown = std::min(count, 3);  // the first and the last ones
@@ -193,7 +212,8 @@ TEST(attention_of_a_query_does_not_depend_on_its_chunk) {
   for (const auto& [name, kernels] : tables())
     for (const int heads : {1, 3, 4, 8}) {
       const int length = static_cast<int>(random.integer(258, 300)), most = kMaxQueryRows / heads;
-      const Case made = random_case(random, length, random.pick({16, 64, 80}), heads, random.pick({0, 0, 5, 40, 256}));
+      Case made = random_case(random, length, random.pick({16, 64, 80}), heads, random.pick({0, 0, 5, 40, 256}));
+      set_options(random, made);
       const int start = 236;
       const size_t columns = static_cast<size_t>(heads * made.head_dim);
       std::vector<float> alone;
@@ -220,6 +240,21 @@ TEST(attention_bound_rejects_planted_mistakes) {
     CHECK(!mistake(made, got, 38, 2, 8).empty(), name, ": a window too short");
     CHECK(!mistake(made, got, 38, 2, 10).empty(), name, ": a window too long");
     CHECK(!mistake(made, got, 38, 2, 9, 1).empty(), name, ": the query before");
+    const auto rejected = [&](auto plant) {
+      Case other = random_case(random, 40, 64, 2, 0);
+      other.softcap = 0.5f;
+      other.sinks = {0.0f, 1.0f};
+      other.bidirectional = true;
+      const std::vector<float> right = attend(other, kernels, 30, 3, name);
+      CHECK(mistake(other, right, 30, 3, 0).empty(), name, ": ", mistake(other, right, 30, 3, 0));
+      plant(other);
+      return !mistake(other, right, 30, 3, 0).empty();
+    };
+    CHECK(rejected([](Case& other) { other.softcap = 0.0f; }), name, ": no soft cap");
+    CHECK(rejected([](Case& other) { other.softcap = 0.6f; }), name, ": a higher soft cap");
+    CHECK(rejected([](Case& other) { other.sinks.clear(); }), name, ": no sinks");
+    CHECK(rejected([](Case& other) { std::swap(other.sinks[0], other.sinks[1]); }), name, ": sinks of other heads");
+    CHECK(rejected([](Case& other) { other.bidirectional = false; }), name, ": causal");
     std::swap(made.table[1], made.table[2]);
     CHECK(!mistake(made, got, 38, 2, 9).empty(), name, ": blocks swapped");
   }

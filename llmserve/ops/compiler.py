@@ -356,7 +356,7 @@ def _check_attention(attention: Sequence[n.AttentionNode]) -> None:
     for spec in (node.spec for node in attention):
         if (spec.heads, spec.kv_heads, spec.head_dim) != (first.heads, first.kv_heads, first.head_dim):
             t.refuse("layers that differ in their heads")
-        if spec.mask != "causal" or spec.softcap or spec.sinks is not None or spec.kv_group != "full":
-            t.refuse("attention that is bidirectional, soft-capped, with sinks or of a KV group other than 'full'")
+        if spec.kv_group != "full":
+            t.refuse("attention of a KV group other than 'full'")
         if spec.head_dim % 16 or spec.head_dim > 512 or spec.heads // spec.kv_heads > 32:
             t.refuse(f"heads of {spec.head_dim} channels, {spec.heads // spec.kv_heads} query heads per KV head")

@@ -82,12 +82,25 @@ class Emitter:
             case n.GemmNode():
                 self._add_gemm(node, x, out)
             case n.AttentionNode():
-                spec = node.spec
-                program.add_attention(
-                    x[0], out, spec.heads, spec.kv_heads, spec.head_dim, spec.window, node.layer, spec.scale
-                )
+                self._add_attention(node, x[0], out)
             case n.SampleNode():
                 program.add_sample(x[0], x[1])
+
+    def _add_attention(self, node: n.AttentionNode, queries: _C.Value, out: _C.Value | None) -> None:
+        spec = node.spec
+        self._program.add_attention(
+            queries,
+            out,
+            spec.heads,
+            spec.kv_heads,
+            spec.head_dim,
+            spec.window,
+            node.layer,
+            spec.scale,
+            bidirectional=spec.mask == "bidirectional",
+            softcap=spec.softcap,
+            sinks=floats(spec.sinks),
+        )
 
     def _value(self, buffer: n.Buffer) -> _C.Value:
         if buffer not in self._values:

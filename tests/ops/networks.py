@@ -176,8 +176,10 @@ def _attention(**fixed: Any) -> Callable[[Maker], Forward]:
         kv_heads, group = maker.integer(1, 3), fixed.get("group") or maker.integer(1, 4)
         shape = (kv_heads * group, kv_heads, head_dim)
         window = maker.pick(0, 5, 17) if "window" not in fixed else fixed["window"]
-        spec = AttentionSpec(heads=shape[0], kv_heads=kv_heads, head_dim=head_dim,
-                             scale=1.2 * head_dim**-0.5, window=window)  # fmt: skip
+        sinks = maker.vector(shape[0], around=1.0) if fixed.get("sinks") else None
+        spec = AttentionSpec(heads=shape[0], kv_heads=kv_heads, head_dim=head_dim, scale=1.2 * head_dim**-0.5,
+                             window=window, softcap=fixed.get("softcap", 0.0), sinks=sinks,
+                             mask=fixed.get("mask", "causal"))  # fmt: skip
         rope = _rope(maker, head_dim, fixed.get("style", maker.pick("half", "interleaved")), fixed.get("partial"))
         return _attention_forward(maker, spec, rope, biased=fixed.get("biased"), normed=fixed.get("normed"))
 
@@ -291,6 +293,8 @@ NETWORKS: Final = {
     "attention_rope_interleaved_partial": Network(_attention(style="interleaved", partial=True), gemms=5, attends=True),
     "attention_window": Network(_attention(window=7, group=2), gemms=5, attends=True),
     "attention_window_of_one": Network(_attention(window=1), gemms=5, attends=True),
+    "attention_softcap": Network(_attention(softcap=0.4), gemms=5, attends=True),
+    "attention_sinks": Network(_attention(sinks=True), gemms=5, attends=True),
     "attention_bias": Network(_attention(biased=True, style=None, group=3), gemms=5, attends=True),
     "attention_norm": Network(_attention(normed=True), gemms=5, attends=True),
     "attention_one_row_heads": Network(_attention(head_dim=16, group=1), gemms=5, attends=True),
@@ -298,3 +302,10 @@ NETWORKS: Final = {
     "mixed_types": Network(mixed_types, gemms=4, attends=True),
     "llama_layers": Network(llama_layers, gemms=9, attends=True),
 }
+
+WHOLE_SEQUENCES: Final = {
+    (mask, window): Network(_attention(mask=mask, window=window), gemms=5, attends=True)
+    for mask in ("causal", "bidirectional")
+    for window in (0, 6)
+}
+"""Bidirectional attention, for which a step needs all of a sequence; and the causal network of the same draws."""

@@ -193,9 +193,6 @@ def _shared_key(ops: Ops, p: Parts, x: Value) -> Value:
 
 REFUSED: dict[str, tuple[Network, str]] = {
     "no_attention": (lambda ops, p, x: x, "without attention"),
-    "bidirectional": (lambda ops, p, x: _attend(ops, p, x, _spec(mask="bidirectional")), "bidirectional"),
-    "softcap": (lambda ops, p, x: _attend(ops, p, x, _spec(softcap=50.0)), "soft-capped"),
-    "sinks": (lambda ops, p, x: _attend(ops, p, x, _spec(sinks=p.norm)), "sinks"),
     "kv_group": (lambda ops, p, x: _attend(ops, p, x, _spec(kv_group="window")), "KV group"),
     "odd_heads": (lambda ops, p, x: _attend(ops, p, x, _spec(head_dim=24)), "24 channels"),
     "layers_differ": (_two_layers, "differ in their heads"),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 
+from llmserve.ops.protocol import Executor
 from tests.ops.bounds import op_bound
-from tests.ops.networks import NETWORKS, QUANTIZED, WeightType
-from tests.ops.op_running import available_isas, cpu_logits, deviation, draw, executor_config, reference_logits
+from tests.ops.networks import NETWORKS, QUANTIZED, WHOLE_SEQUENCES, WeightType
+from tests.ops.op_running import (
+    OpenCpuExecutor,
+    available_isas,
+    cpu_logits,
+    deviation,
+    draw,
+    executor_config,
+    reference_logits,
+)
+from tests.ops.running import Piece, make_step, new_sequence
 from tests.ops.seeds import fresh_seed
 
 
@@ -40,3 +52,22 @@ def test_all_instruction_sets_agree_on_integers() -> None:
         first, *others = (cpu_logits(forward, token_ids, executor_config(isa)) for isa in available_isas())
         for other in others:
             np.testing.assert_array_equal(first, other, err_msg=f"{weight_type} seed={seed}")
+
+
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("isa", available_isas())
+def test_bidirectional_attention_takes_whole_sequences(isa: str, window: int) -> None:
+    seed = fresh_seed()
+    network = WHOLE_SEQUENCES["bidirectional", window]
+    forward, token_ids = draw(network, seed, "bf16")
+    expected = reference_logits(forward, token_ids)
+    opened = OpenCpuExecutor(forward, executor_config(isa))
+    handle = new_sequence(cast(Executor, opened.executor), len(token_ids))
+    opened.executor.launch(make_step([Piece(handle, token_ids, 0)], num_logprobs=-1))
+    bound = op_bound("bf16", gemms=network.gemms, attends=True)
+    found = deviation(opened.logits(len(token_ids)), expected)
+    assert bound.holds(found), f"{isa} seed={seed}: {found} exceeds {bound}"
+    causal, _ = draw(WHOLE_SEQUENCES["causal", window], seed, "bf16")
+    assert not bound.holds(deviation(reference_logits(causal, token_ids), expected)), f"seed={seed}: as if causal"
+    with pytest.raises(ValueError, match="not whole in the step"):
+        opened.executor.launch(make_step([Piece(handle, token_ids[1:], 1)], num_logprobs=-1))
