@@ -57,15 +57,13 @@ void ThreadPool::run(StepFunction function, void* context) {
   barrier();
 }
 
-void ThreadPool::barrier() {
-  if (num_threads_ == 1) return;
-  const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.fetch_add(1, std::memory_order_release);
-    phase_.notify_all();
-    return;
-  }
+void ThreadPool::release() {
+  arrived_.store(0, std::memory_order_relaxed);
+  phase_.fetch_add(1, std::memory_order_release);
+  if (num_threads_ > 1) phase_.notify_all();
+}
+
+void ThreadPool::wait_past(uint32_t phase) {
   for (int spin = 0; spin < kSpins; ++spin) {
     if (phase_.load(std::memory_order_acquire) != phase) return;
     pause_core();

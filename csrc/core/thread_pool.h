@@ -24,9 +24,22 @@ class ThreadPool {
   void run(StepFunction function, void* context);
 
   // To be called by every worker inside `run`; returns when all have arrived.
-  void barrier();
+  void barrier() {
+    barrier([] {});
+  }
+
+  // The same; the last to arrive calls `serial` before any returns.
+  template <typename Serial>
+  void barrier(const Serial& serial) {
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < num_threads_) return wait_past(phase);
+    serial();
+    release();
+  }
 
  private:
+  void wait_past(uint32_t phase);
+  void release();
   void worker_main(int worker);
 
   int num_threads_;

@@ -26,6 +26,8 @@ class Node {
   virtual const char* kind() const = 0;
   virtual int64_t num_items(const Step& step) const = 0;
   virtual HandOut hand_out() const { return HandOut::kRuns; }
+  // Whether sharing the items out would cost more than it saves.
+  virtual bool is_small(const Step& step) const { return num_items(step) <= 1; }
   virtual void run(const Step& step, int64_t item, const Worker& worker) const = 0;
   virtual size_t scratch_bytes() const { return 0; }
   // Throws std::invalid_argument for states or masks of a step that do not fit this node.
@@ -48,6 +50,9 @@ class CopyBlocksNode : public Node {
   void run(const Step& step, int64_t item, const Worker& worker) const override;
 };
 
+// About so many values are normalized, quantized or copied in the time of a barrier.
+constexpr int64_t kSmallValues = 4096;
+
 class EmbedNode : public Node {
  public:
   TensorView table;
@@ -56,6 +61,7 @@ class EmbedNode : public Node {
   Value out;
 
   const char* kind() const override { return "embed"; }
+  bool is_small(const Step& step) const override { return num_items(step) * out.columns <= kSmallValues; }
   void check(const StepArrays& arrays) const override;
   int64_t num_items(const Step& step) const override { return step.num_tokens; }
   void run(const Step& step, int64_t item, const Worker& worker) const override;
@@ -73,6 +79,7 @@ class NormNode : public Node {
 
   const char* kind() const override { return "norm"; }
   int64_t num_items(const Step& step) const override;
+  bool is_small(const Step& step) const override { return num_items(step) * in.columns <= kSmallValues; }
   void run(const Step& step, int64_t item, const Worker& worker) const override;
   size_t scratch_bytes() const override { return static_cast<size_t>(in.columns) * sizeof(float); }
 };
@@ -84,6 +91,7 @@ class GatherNode : public Node {
 
   const char* kind() const override { return "gather"; }
   int64_t num_items(const Step& step) const override { return step.num_rows; }
+  bool is_small(const Step& step) const override { return num_items(step) * in.columns <= kSmallValues; }
   void run(const Step& step, int64_t item, const Worker& worker) const override;
 };
 
@@ -99,6 +107,7 @@ class ElementwiseNode : public Node {
   std::vector<int32_t> order;  // of the columns
 
   const char* kind() const override { return "elementwise"; }
+  bool is_small(const Step& step) const override { return num_items(step) * out.columns <= kSmallValues; }
   int64_t num_items(const Step& step) const override { return num_rows(step, out.rows); }
   void run(const Step& step, int64_t item, const Worker& worker) const override;
   size_t scratch_bytes() const override { return static_cast<size_t>(out.columns) * sizeof(float); }

@@ -89,10 +89,13 @@ bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
   step_.prepare(arrays, blocks, limits_.max_position, std::max(1, kMaxQueryRows / heads_per_group_));
   if (scratch_.data() == nullptr)
     scratch_ = Mapping(scratch_per_worker_ * static_cast<size_t>(pool_.num_threads()), false);
-  for (int worker = 0; worker < pool_.num_threads(); ++worker) deal(0, worker);
+  const size_t first = next_shared(0);
+  for (int index = 0; index < pool_.num_threads(); ++index) deal(first, index, 0);
   abort_after_.store(kNever, std::memory_order_relaxed);
   last_start_s_ = seconds_now();
-  pool_.run(worker_entry, this);
+  run_small(0, first, worker(0));
+  small_seconds_ = 0.0;
+  if (abort_after_.load(std::memory_order_relaxed) == kNever) pool_.run(worker_entry, this);
   ++num_runs_;
   const bool finished = abort_after_.load(std::memory_order_relaxed) == kNever;
   if (finished) step_.record();
@@ -102,33 +105,61 @@ bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
 
 void Program::worker_entry(void* context, int worker) { static_cast<Program*>(context)->walk(worker); }
 
-void Program::walk(int worker) {
-  const Worker self{&kernels_, scratch_.data() + static_cast<size_t>(worker) * scratch_per_worker_};
-  double before = worker == 0 ? seconds_now() : 0.0;
-  for (size_t i = 0; i < nodes_.size(); ++i) {
-    const Node& node = *nodes_[i];
-    WorkQueue& queue = queues_[i % 2];
-    for (int64_t item = queue.take(worker, node.hand_out());
-         item != WorkQueue::kNone && !leaves(i, worker == 0 ? progress_.get() : nullptr);
-         item = queue.take(worker, node.hand_out()))
-      node.run(step_, item, self);
-    deal(i + 1, worker);
-    if (worker == 0 && progress_ != nullptr) {
-      leaves(i, progress_.get());
-      progress_->bump();
-    }
-    pool_.barrier();
-    if (worker == 0) {
-      const double now = seconds_now();
-      node_seconds_[i] += now - before;
-      before = now;
-    }
-    if (abort_after_.load(std::memory_order_relaxed) <= i) return;
+Worker Program::worker(int index) {
+  return {&kernels_, scratch_.data() + static_cast<size_t>(index) * scratch_per_worker_};
+}
+
+// Every worker finds the same one, so none has to be told.
+size_t Program::next_shared(size_t node) const {
+  while (node < nodes_.size() && nodes_[node]->is_small(step_)) ++node;
+  return node;
+}
+
+void Program::run_small(size_t first, size_t end, const Worker& self) {
+  if (first == end) return;
+  double before = seconds_now();
+  for (size_t i = first; i < end; ++i) {
+    const int64_t count = nodes_[i]->num_items(step_);
+    for (int64_t item = 0; item < count && !leaves(i, progress_.get()); ++item) nodes_[i]->run(step_, item, self);
+    if (progress_ != nullptr) progress_->bump();
+    const double now = seconds_now();
+    node_seconds_[i] += now - before;
+    small_seconds_ += now - before;
+    before = now;
   }
 }
 
-void Program::deal(size_t node, int worker) {
-  if (node < nodes_.size()) queues_[node % 2].deal(worker, nodes_[node]->num_items(step_), nodes_[node]->hand_out());
+void Program::walk(int index) {
+  const Worker self = worker(index);
+  ProgressCell* progress = index == 0 ? progress_.get() : nullptr;
+  double before = index == 0 ? seconds_now() : 0.0;
+  size_t next = 0;
+  int turn = 0;
+  for (size_t i = next_shared(0); i < nodes_.size(); i = next, turn ^= 1) {
+    const Node& node = *nodes_[i];
+    WorkQueue& queue = queues_[turn];
+    for (int64_t item = queue.take(index, node.hand_out()); item != WorkQueue::kNone && !leaves(i, progress);
+         item = queue.take(index, node.hand_out()))
+      node.run(step_, item, self);
+    next = next_shared(i + 1);
+    deal(next, index, turn ^ 1);
+    if (progress != nullptr) {
+      leaves(i, progress);
+      progress->bump();
+    }
+    pool_.barrier([&] { run_small(i + 1, next, self); });
+    if (index == 0) {
+      const double now = seconds_now();
+      node_seconds_[i] += now - before - small_seconds_;
+      small_seconds_ = 0.0;
+      before = now;
+    }
+    if (abort_after_.load(std::memory_order_relaxed) < next) return;
+  }
+}
+
+void Program::deal(size_t node, int index, int turn) {
+  if (node < nodes_.size()) queues_[turn].deal(index, nodes_[node]->num_items(step_), nodes_[node]->hand_out());
 }
 
 bool Program::leaves(size_t node, ProgressCell* progress) {

@@ -1,7 +1,7 @@
 // A compiled network: values in one arena, packed weights, a KV cache, and nodes in the order they run.
 //
 // Built once from Python (ops/compiler.py), then `run` is one call per step: every worker walks the same list of nodes,
-// takes work items from a queue, and meets the others at a barrier after each node.
+// takes work items from a queue, and meets the others at a barrier after each node that is worth sharing.
 #pragma once
 
 #include <atomic>
@@ -77,9 +77,15 @@ class Program {
 
  private:
   static void worker_entry(void* context, int worker);
-  void walk(int worker);
-  void deal(size_t node, int worker);
-  // Whether the work of a node is in vain. Worker 0 alone brings `progress`: it shows that it moves, and decides.
+  void walk(int index);
+  Worker worker(int index);
+  // The first node from `node` on whose items are shared out. Those between are run by whoever comes last to the
+  // barrier before them, while the others wait for it anyway.
+  size_t next_shared(size_t node) const;
+  void run_small(size_t first, size_t end, const Worker& self);
+  void deal(size_t node, int index, int turn);
+  // Whether the work of a node is in vain. Who brings `progress` shows that it moves, and decides: worker 0 alone, or
+  // whoever runs small nodes while the others wait.
   bool leaves(size_t node, ProgressCell* progress);
   void check(const StepArrays& arrays) const;
   uint64_t checksum_of(const uint8_t* data, size_t num_bytes);
@@ -89,7 +95,7 @@ class Program {
   KernelTable kernels_;
   ProgramLimits limits_;
   ThreadPool pool_;
-  WorkQueue queues_[2];  // of nodes with even and odd indices
+  WorkQueue queues_[2];  // they take turns
   Mapping arena_, weights_, scratch_, aside_;
   size_t weights_used_ = 0;
   size_t scratch_per_worker_ = 0;
@@ -98,6 +104,7 @@ class Program {
   std::vector<std::unique_ptr<RopeTable>> ropes_;
   std::vector<std::unique_ptr<Node>> nodes_;
   std::vector<double> node_seconds_;
+  double small_seconds_ = 0.0;  // since the last barrier
   int64_t num_runs_ = 0;
   double last_start_s_ = 0.0;
   KvCache kv_;

@@ -127,15 +127,33 @@ def run_both(config: EngineConfig, folder: Path) -> list[list[tuple[int, int]]]:
 
 
 def test_two_engines_take_turns(config: EngineConfig, runtime: Path, tmp_path: Path) -> None:
-    first, second = run_both(config, tmp_path)
-    assert (runtime / "step-lease").exists()
-    assert min(len(first), len(second)) >= MAX_TOKENS // 2, "they were hardly busy together"
-    # A launch ends a little after the lease was given back.
-    assert share_overlapping(first, second) < 0.1
+    unfair = []
+    for _ in range(3):  # a third process that keeps one of them from its core makes the turns uneven, at times
+        first, second = run_both(config, tmp_path)
+        assert (runtime / "step-lease").exists()
+        assert min(len(first), len(second)) >= MAX_TOKENS // 2, "they were hardly busy together"
+        # A launch ends a little after the lease was given back.
+        assert share_overlapping(first, second) < 0.1
+        unfair.append(unevenness(first, second))
+        if not unfair[-1]:
+            return
+    raise AssertionError(f"uneven each time: {unfair}")
+
+
+def unevenness(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> str:
+    """What is wrong with the order of the turns; empty: nothing."""
     owners = [owner for _, owner in sorted([(begin, 0) for begin, _ in first] + [(begin, 1) for begin, _ in second])]
     changes = sum(before != after for before, after in pairwise(owners))
-    assert changes > 0.8 * (len(owners) - 1), f"{changes} changes of {len(owners)} turns"
-    assert abs(len(first) - len(second)) < 0.1 * len(owners)
+    if changes > 0.8 * (len(owners) - 1) and abs(len(first) - len(second)) < 0.1 * len(owners):
+        return ""
+    return f"{changes} changes of {len(owners)} turns, {len(first)} of one and {len(second)} of the other"
+
+
+def test_uneven_turns_are_noticed() -> None:
+    steps = [(10 * number, 10 * number + 9) for number in range(20)]
+    assert unevenness(steps[::2], steps[1::2]) == ""
+    assert unevenness(steps[:10], steps[10:]) != ""
+    assert unevenness(steps[::4], [step for step in steps if step not in steps[::4]]) != ""
 
 
 def test_without_the_lease_they_would_not(config: EngineConfig, runtime: Path, tmp_path: Path) -> None:
