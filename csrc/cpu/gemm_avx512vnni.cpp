@@ -245,7 +245,8 @@ inline void multiply_band(const TileArgs& args, const Rows& rows, const uint8_t*
   __m512 acc[kRows][kWidth];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kWidth; ++v)
-      acc[r][v] = kCount == 1 ? _mm512_loadu_ps(out + r * args.out_stride + (vector + v) * 16) : _mm512_setzero_ps();
+      acc[r][v] = kCount == 1 && first > 0 ? _mm512_loadu_ps(out + r * args.out_stride + (vector + v) * 16)
+                                           : _mm512_setzero_ps();
   for (int64_t group = first; group < end; group += kCount, block += packed_block_bytes(F)) {
     const uint8_t* tables = block + static_cast<size_t>(kCount) * codes_bytes(F.bits);
     for (int i = 0; i < kCount; ++i) {
@@ -272,7 +273,7 @@ struct Chunk {
 template <PackedFormat F, bool kNear, int kRows, int kWidth>
 void multiply_rows(const TileArgs& args, const Chunk& chunk, int row, Ahead& ahead) {
   float* out = args.out + row * args.out_stride;
-  if (chunk.first == 0) clear_rows<kRows>(args, out);
+  if (block_groups(F) > 1 && chunk.first == 0) clear_rows<kRows>(args, out);
   const Rows rows = rows_from(args, row);
   for (int vector = 0; vector < kVectors; vector += kWidth)
     multiply_band<F, kNear, kRows, kWidth>(args, rows, chunk.block, chunk.first, chunk.end, vector, ahead, out);
