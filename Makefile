@@ -140,6 +140,10 @@ BENCH_ARGS ?=
 bench: build ## llmserve and llama.cpp side by side (PEER=DIR: its binaries; else they are built, about 10 minutes)
 	@$(BIN)/python -m benchmarks.peers.llama_cpp $(if $(PEER),--binaries "$(PEER)") --model $(MODEL) $(BENCH_ARGS)
 
+.PHONY: serving-bench
+serving-bench: build ## latencies, throughput and goodput of MODEL served (BENCH_ARGS: see python -m benchmarks.serving --help)
+	@$(BIN)/python -m benchmarks.serving $(MODEL) $(BENCH_ARGS)
+
 .PHONY: kernel-bench-build
 kernel-bench-build: .venv-build/.stamp
 	@mkdir -p build

@@ -19,7 +19,7 @@ from benchmarks.peers.accuracy import Accuracy
 from benchmarks.peers.perplexity import Perplexities, misses
 from benchmarks.peers.perplexity_models import MIXED
 from benchmarks.peers.results import OURS, RESULTS, Comparison, Served, Summary, load_comparison
-from benchmarks.plot import Panel, draw
+from benchmarks.plot import Bars, draw
 from llmserve.tools.bench_stats import LevelReport
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def plot(result: Comparison) -> str:
         chosen = [row for row in rows if row[1] == "tok/s"]
         groups = [_group(row[0]) for row in chosen]
         peer, ours = _engines(result)
-        panels.append(Panel(title, groups, [(peer, [row[2] for row in chosen]), (ours, [row[3] for row in chosen])]))
+        panels.append(Bars(title, groups, [(peer, [row[2] for row in chosen]), (ours, [row[3] for row in chosen])]))
     return draw(panels)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
 import sys
 import time
 from collections.abc import Iterator
@@ -24,9 +23,9 @@ import uvloop
 
 from benchmarks.engine.probe import Conditions, arguments_of, conclude, conditions, resolve
 from llmserve.tools.bench_http import Endpoint, Reply, exchange
-from llmserve.tools.bench_load import Load, prepare
+from llmserve.tools.bench_load import Load, prepare, send_at
 from llmserve.tools.bench_meter import OthersMeter, wait_until_quiet
-from llmserve.tools.bench_prompts import random_prompts
+from llmserve.tools.bench_prompts import poisson_arrivals, random_prompts
 from llmserve.tools.bench_server import free_port, llmserve_command, running_server
 from llmserve.tools.bench_stats import Spread
 from llmserve.tools.bench_trace import read_trace
@@ -38,6 +37,7 @@ MAX_GROWTH: Final = 0.05
 NUM_PLACES: Final = 16
 NUM_WAITING: Final = 8
 _TIMEOUT_S: Final = 120.0
+_SEED: Final = 3
 _RAMP: Final = 0.2
 _OPTIONS: Final = (
     "--max-num-seqs", str(NUM_PLACES), "--max-num-waiting", str(NUM_WAITING),
@@ -105,18 +105,6 @@ async def closed_loop(endpoint: Endpoint, requests: Iterator[bytes], num_streams
     return list(itertools.chain.from_iterable(await asyncio.gather(*[stream() for _ in range(num_streams)])))
 
 
-async def open_loop(endpoint: Endpoint, requests: Iterator[bytes], rate: float, seconds: float) -> list[Reply]:
-    """Poisson arrivals at `rate` requests/s for so long; returns when all have ended."""
-    rng = random.Random(3)
-    due_s = started_s = time.perf_counter()
-    sent = []
-    while due_s < started_s + seconds:
-        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-        sent.append(asyncio.create_task(exchange(endpoint, next(requests), timeout_s=_TIMEOUT_S)))
-        due_s += rng.expovariate(rate)
-    return list(await asyncio.gather(*sent))
-
-
 def resident(pid: int) -> Memory:
     """Of a server and its children."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -143,7 +131,7 @@ async def measure(endpoint: Endpoint, pid: int, load: Load, seconds: float) -> d
     before = resident(pid)
     rate = FACTOR * capacity / load.output_tokens
     started_s = time.perf_counter()
-    replies = await open_loop(endpoint, bodies, rate, seconds)
+    replies = await send_at(endpoint, bodies, poisson_arrivals(rate, seconds, _SEED), timeout_s=_TIMEOUT_S)
     goodput = tokens_per_s(replies, load.output_tokens, started_s + seconds * _RAMP, started_s + seconds)
     return {
         "capacity_tokens_per_s": round(capacity, 1),

@@ -7,7 +7,7 @@ from typing import Final
 
 from benchmarks.kernels.floors import name_of, seconds, share, units
 from benchmarks.kernels.records import LAYER_PARTS, Gemm, Kernels, Roof, Versus
-from benchmarks.line_plot import LinePanel, draw_lines
+from benchmarks.plot import Lines, draw
 
 _UNITS: Final = {"dram": "GB/s", "int8": "GOPS"}
 
@@ -34,9 +34,15 @@ def plot(result: Kernels) -> str:
         if unit[0].part in LAYER_PARTS and len(rows) >= 3:
             points = [(float(m), share(unit, m)) for m in rows]
             panels.setdefault(unit[0].shape, []).append((unit[0].type, points))
-    return draw_lines(
+    return draw(
         [
-            LinePanel(f"{shape}: a layer's GEMMs, share of the nearer roof", "rows (tokens) of the step", series)
+            Lines(
+                title=f"{shape}: a layer's GEMMs, share of the nearer roof",
+                x_title="rows (tokens) of the step",
+                series=series,
+                highest=1.1,
+                percent=True,
+            )
             for shape, series in panels.items()
         ]
     )

@@ -1,10 +1,14 @@
-"""A closed loop over an OpenAI-compatible endpoint: each of N streams sends a request when its last has ended."""
+"""Load on an OpenAI-compatible endpoint, in two forms.
+
+A closed loop has N streams, each sends a request when its last has ended. An open loop sends requests at given times,
+whether or not the server keeps up.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,7 +18,7 @@ from llmserve.errors import EngineFault, ModelNotFound, NotReady
 from llmserve.tools.bench_http import Endpoint, Reply, exchange
 from llmserve.tools.bench_prompts import random_prompts
 from llmserve.tools.bench_stats import LevelReport, level_report
-from llmserve.tools.bench_trace import read_trace
+from llmserve.tools.bench_trace import Trace, read_trace
 
 MIN_REQUESTS: Final = 6
 REQUESTS_A_STREAM: Final = 2
@@ -84,18 +88,83 @@ async def prepare(endpoint: Endpoint, load: Load) -> Load:
     return load
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a loop saw."""
+
+    traces: list[Trace]
+    """Of each request, in no order."""
+    wall_s: float
+    """From the first request to the last answer."""
+    client_cpu_s: float
+    """Processor time of this process meanwhile."""
+    late_s: list[float]
+    """Of an open loop: how long after its time each request was sent."""
+
+
 async def run_level(endpoint: Endpoint, load: Load, num_streams: int) -> LevelReport:
-    """One level of a load that `prepare` returned."""
+    """One level of a closed loop, summed up."""
+    seen = await closed_loop(endpoint, load, num_streams)
+    return level_report(num_streams, seen.traces, wall_s=seen.wall_s, client_cpu_s=seen.client_cpu_s)
+
+
+async def closed_loop(endpoint: Endpoint, load: Load, num_streams: int) -> Measured:
+    """`num_streams` streams of a load that `prepare` returned."""
     num_requests = load.requests_of(num_streams)
-    prompts = random_prompts(load.prompt_tokens, load.seed * 1000 + num_streams)
-    requests = iter([endpoint.request("POST", load.path, load.body(next(prompts))) for _ in range(num_requests)])
-    started_s, started_cpu_s = time.perf_counter(), time.process_time()
-    streams = [_stream(endpoint, requests, timeout_s=load.timeout_s) for _ in range(num_streams)]
-    replies = [reply for stream in await asyncio.gather(*streams) for reply in stream]
-    wall_s, cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
+    requests = iter(_requests(endpoint, load, num_requests, seed=load.seed * 1000 + num_streams))
+
+    async def run() -> list[Reply]:
+        streams = [_stream(endpoint, requests, timeout_s=load.timeout_s) for _ in range(num_streams)]
+        return [reply for stream in await asyncio.gather(*streams) for reply in stream]
+
+    return await _watched(load, run(), late_s=[])
+
+
+async def open_loop(endpoint: Endpoint, load: Load, arrivals_s: Sequence[float], *, prompt_seed: int) -> Measured:
+    """A request of a load that `prepare` returned at each of these times, in seconds from now; ascending.
+
+    Levels with prompts of their own need a `prompt_seed` of their own, else a prefix cache answers for the server.
+    """
+    requests = _requests(endpoint, load, len(arrivals_s), seed=prompt_seed)
+    late_s: list[float] = []
+    work = send_at(endpoint, iter(requests), arrivals_s, timeout_s=load.timeout_s, late_s=late_s)
+    return await _watched(load, work, late_s=late_s)
+
+
+async def send_at(
+    endpoint: Endpoint,
+    requests: Iterator[bytes],
+    arrivals_s: Sequence[float],
+    *,
+    timeout_s: float,
+    late_s: list[float] | None = None,
+) -> list[Reply]:
+    """Send a request at each of these times; returns when all have ended. `late_s` takes each one's lateness."""
+    started_s = time.perf_counter()
+    sent = []
+    for at_s in arrivals_s:
+        await asyncio.sleep(max(0.0, started_s + at_s - time.perf_counter()))
+        if late_s is not None:
+            late_s.append(time.perf_counter() - started_s - at_s)
+        sent.append(asyncio.create_task(exchange(endpoint, next(requests), timeout_s=timeout_s)))
+    return list(await asyncio.gather(*sent))
+
+
+async def _watched(load: Load, work: Awaitable[list[Reply]], *, late_s: list[float]) -> Measured:
+    """Run a loop; JSON is read after it has ended."""
+    started_cpu_s = time.process_time()
+    replies = await work
+    cpu_s = time.process_time() - started_cpu_s
+    wall_s = max(reply.ended_s for reply in replies) - min(reply.started_s for reply in replies)
     expected = load.output_tokens if load.ignore_eos else None
     traces = [read_trace(reply, expected_tokens=expected) for reply in replies]
-    return level_report(num_streams, traces, wall_s=wall_s, client_cpu_s=cpu_s)
+    return Measured(traces=traces, wall_s=wall_s, client_cpu_s=cpu_s, late_s=late_s)
+
+
+def _requests(endpoint: Endpoint, load: Load, count: int, *, seed: int) -> list[bytes]:
+    """Encoded before the clock runs."""
+    prompts = random_prompts(load.prompt_tokens, seed)
+    return [endpoint.request("POST", load.path, load.body(next(prompts))) for _ in range(count)]
 
 
 async def _stream(endpoint: Endpoint, requests: Iterator[bytes], *, timeout_s: float) -> list[Reply]:

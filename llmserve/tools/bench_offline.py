@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -19,10 +18,8 @@ from llmserve.config import EngineConfig
 from llmserve.engine.engine import Engine
 from llmserve.engine.loader import load_engine
 from llmserve.errors import EngineFault, InvalidRequest
+from llmserve.tools.bench_prompts import random_token_ids
 from llmserve.types import Request, SamplingParams
-
-_FIRST_ID: Final = 1000
-"""Random prompts take ids from here on: below lie control tokens and single bytes."""
 
 
 class PrefillReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,8 +157,7 @@ class _Bench:
         return time.perf_counter() - started_s
 
     def _submit(self, num_tokens: int, *, max_tokens: int) -> None:
-        vocab_size = self._engine.info.vocab_size
-        ids = [self._random.randrange(min(_FIRST_ID, vocab_size // 2), vocab_size) for _ in range(num_tokens)]
+        ids = random_token_ids(self._random, num_tokens, self._engine.info.vocab_size)
         self._num_requests += 1
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         self._engine.submit(Request(request_id=str(self._num_requests), prompt_token_ids=ids, sampling=sampling))

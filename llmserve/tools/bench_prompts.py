@@ -24,6 +24,8 @@ oil situation cost industry figure street image phone data picture practice piec
 worker news test movie north love support technology step baby computer type film tree source
 """
 WORDS: Final = tuple(_TEXT.split())
+_FIRST_ID: Final = 1000
+"""Random ids start here: below lie control tokens and single bytes."""
 
 
 def random_prompts(num_tokens: int, seed: int) -> Iterator[str]:
@@ -33,3 +35,23 @@ def random_prompts(num_tokens: int, seed: int) -> Iterator[str]:
     for pair in pairs:
         start = [WORDS[pair // len(WORDS)], WORDS[pair % len(WORDS)]]
         yield " ".join((start + rng.choices(WORDS, k=max(0, num_tokens - 2)))[: max(1, num_tokens)])
+
+
+def random_token_ids(rng: random.Random, num_tokens: int, vocab_size: int) -> list[int]:
+    """A prompt for an engine without a tokenizer in front; the ids of control tokens and single bytes are left out."""
+    return [rng.randrange(min(_FIRST_ID, vocab_size // 2), vocab_size) for _ in range(num_tokens)]
+
+
+def poisson_arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    """Times in [0, `seconds`) of a Poisson process of `rate` events/s, ascending; the first is at 0.
+
+    Raises `ValueError` for a rate or a duration that is not positive.
+    """
+    if rate <= 0 or seconds <= 0:
+        raise ValueError("rate and duration must be positive")
+    rng = random.Random(seed)
+    arrivals, at_s = [], 0.0
+    while at_s < seconds:
+        arrivals.append(at_s)
+        at_s += rng.expovariate(rate)
+    return arrivals

@@ -11,8 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.peers.results import Summary
-from benchmarks.plot import Panel, draw
 from benchmarks.table import BEGIN, END, with_block
 from llmserve.tools.bench_meter import OthersMeter, family_seconds
 from llmserve.tools.bench_prompts import WORDS, random_prompts
@@ -68,12 +66,3 @@ def test_block_is_replaced_between_markers() -> None:
     assert with_block(with_block(text, "x\n"), "old\n") == text
     with pytest.raises(ValueError, match="markers"):
         with_block("none", "new")
-
-
-def test_bars_grow_with_values() -> None:
-    panel = Panel("t <1>", ["a", "b"], [("s", [Summary.of([1.0, 3.0, 2.0]), Summary.of([4.0])])])
-    image = draw([panel])
-    heights = [float(part.split('"')[0]) for part in image.split(' height="')[2:]]
-    bars = [height for height in heights if height != 12]
-    assert bars[1] == pytest.approx(2 * bars[0], rel=0.01)
-    assert "t &lt;1&gt;" in image
