@@ -132,13 +132,15 @@ format: dev ## format Python and C++ in place
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
 HAS_FILES = compgen -G "$(1)" >/dev/null
 
+# PEERS: of llama.cpp, ik_llama.cpp, openvino, vllm; those that are not installed are, each into .venv-peers*.
 # PEER: the folder with llama-server, llama-bench and llama-batched-bench; empty builds them into .venv-peers.
+PEERS ?= llama.cpp,openvino
 PEER ?= $(LLMSERVE_PEER_LLAMA_CPP)
 BENCH_ARGS ?=
 
 .PHONY: bench
-bench: build ## llmserve and llama.cpp side by side (PEER=DIR: its binaries; else they are built, about 10 minutes)
-	@$(BIN)/python -m benchmarks.peers.llama_cpp $(if $(PEER),--binaries "$(PEER)") --model $(MODEL) $(BENCH_ARGS)
+bench: build ## llmserve beside PEERS (PEER=DIR: llama.cpp's binaries; else it is built, about 10 minutes)
+	@$(BIN)/python -m benchmarks.peers --peers $(PEERS) $(if $(PEER),--binaries "$(PEER)") --model $(MODEL) $(BENCH_ARGS)
 
 .PHONY: serving-bench
 serving-bench: build ## latencies, throughput and goodput of MODEL served (BENCH_ARGS: see python -m benchmarks.serving --help)

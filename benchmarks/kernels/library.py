@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import msgspec
 
 from benchmarks.kernels.executable import measure
 from benchmarks.kernels.records import Gemm, Versus
+from benchmarks.line_worker import LineWorker
 from benchmarks.peers.quiet import Quiet
 
 ROWS: Final = (16, 64, 512, 2048)
@@ -31,40 +30,23 @@ class _Answer(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-class Library:
+class Library(LineWorker):
     """The worker process; a context manager."""
 
     def __init__(self, python: Path, num_threads: int) -> None:
+        super().__init__(python, _WORKER)
         self._threads = num_threads
-        self._worker = subprocess.Popen(
-            [python, _WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
         self.name = ""
 
     def ops_per_s(self, kind: str, m: int) -> float:
         """Of one product. Raises `LibraryError`."""
         request = {"kind": kind, "m": m, "n": SIDE, "k": SIDE, "threads": self._threads, "seconds": _SECONDS}
-        assert self._worker.stdin is not None, "both are pipes"
-        assert self._worker.stdout is not None, "both are pipes"
-        try:
-            self._worker.stdin.write(msgspec.json.encode(request) + b"\n")
-            self._worker.stdin.flush()
-        except BrokenPipeError:
-            pass  # said below
-        line = self._worker.stdout.readline()
+        line = self.ask(request)
         answer = msgspec.json.decode(line, type=_Answer) if line else _Answer(error="the worker ended; has it torch?")
         if answer.error:
             raise LibraryError(f"{kind}: {answer.error}")
         self.name = answer.library
         return answer.ops_per_s
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        assert self._worker.stdin is not None, "it is a pipe"
-        self._worker.stdin.close()
-        self._worker.wait(timeout=30)
 
 
 def compare(python: Path, executable: Path, *, num_rounds: int, num_threads: int, options: list[str]) -> list[Versus]:

@@ -34,13 +34,17 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     version: str
     command: str
-    """Of its server; paths left out."""
+    """Of its server; paths left out. Empty: it was not measured over HTTP."""
+    given: str = ""
+    """What it computes with where that is not the file itself."""
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
     """One level of a closed loop over HTTP."""
 
     engine: str
+    file: str = ""
+    """Name of the model's file; empty: the comparison's `model`."""
     round: int
     others_cores: float
     """Cores that other processes kept busy meanwhile."""
@@ -51,6 +55,8 @@ class Alone(msgspec.Struct, frozen=True, kw_only=True):
     """One measurement without HTTP."""
 
     engine: str
+    file: str = ""
+    """Name of the model's file; empty: the comparison's `model`."""
     round: int
     others_cores: float
     what: str
@@ -63,6 +69,9 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     host: Host
     model: ModelFile
+    """The file that is compared first, and in the short table."""
+    other_files: list[ModelFile] = []
+    """The same network in other weight types."""
     num_threads: int
     prompt_tokens: int
     output_tokens: int
@@ -71,6 +80,15 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     engines: list[Engine]
     served: list[Served]
     alone: list[Alone]
+
+    @property
+    def peers(self) -> list[str]:
+        """Names of the engines but ours, in the order in which tables have them."""
+        return [engine.name for engine in self.engines if engine.name != OURS]
+
+    def is_about(self, record: Served | Alone, file: str) -> bool:
+        """Whether a measurement was made on this file."""
+        return (record.file or self.model.name) == file
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
