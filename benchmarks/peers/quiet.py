@@ -21,12 +21,14 @@ class Quiet:
     max_attempts: int = 3
     timeout_s: float = 60.0
     """Longest wait for quiet before each attempt."""
+    sample_s: float = 0.5
+    """How long it must have been quiet."""
 
     def measure(self, work: Callable[[], _T]) -> tuple[_T, float]:
         """The least disturbed of the attempts, and how disturbed it was, in cores."""
         best: tuple[_T, float] | None = None
         for _ in range(self.max_attempts):
-            wait_until_quiet(max_cores=self.max_cores / 2, timeout_s=self.timeout_s, sample_s=0.5)
+            wait_until_quiet(max_cores=self.max_cores / 2, timeout_s=self.timeout_s, sample_s=self.sample_s)
             meter = OthersMeter()
             value = work()
             cores = meter.cores()

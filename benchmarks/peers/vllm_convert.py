@@ -9,15 +9,17 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def main() -> None:
     source, target = Path(sys.argv[1]), Path(sys.argv[2])
     part = target.with_name(target.name + ".part")
-    for kind in (AutoTokenizer, AutoModelForCausalLM):
-        options = {} if kind is AutoTokenizer else {"dtype": torch.bfloat16}
-        kind.from_pretrained(source.parent, gguf_file=source.name, **options).save_pretrained(part)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(part)
+    network = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    network.save_pretrained(part)
     part.rename(target)  # a folder with the right name is whole
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ class VllmCpu:
 
     def server(self, model: Path, port: int) -> ServerCommand:
         load = self.setting.load
+        cores = sorted(os.sched_getaffinity(0))[: self.setting.num_threads]
         longest = 2 * (load.prompt_tokens + load.output_tokens)
         return ServerCommand(
             command=[
@@ -59,8 +60,7 @@ class VllmCpu:
             ],
             variables={
                 "VLLM_CPU_KVCACHE_SPACE": str(_KV_GB),
-                "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-                "OMP_NUM_THREADS": str(self.setting.num_threads),
+                "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
             },
             timeout_s=_START_S,
         )  # fmt: skip
@@ -73,7 +73,7 @@ class VllmCpu:
         folder = ROOT / "build" / "peers" / f"{model.stem}-{ModelFile.of(model).sha256[:12]}-bf16"
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run([self.python, "-P", _CONVERT, model, folder], check=True, stdout=subprocess.DEVNULL)
+            said([self.python, "-P", _CONVERT, model, folder])
         return folder
 
 
