@@ -37,9 +37,11 @@ def pip_install(python: Path, *arguments: str, variables: Mapping[str, str] | No
     subprocess.run([python, *_PIP, *arguments], check=True, env=os.environ | dict(variables or {}))
 
 
-def said(command: Sequence[str | Path]) -> str:
-    """What a command prints, both streams. Raises `subprocess.CalledProcessError`, with that in it."""
+def said(command: Sequence[str | Path], *, may_fail: bool = False) -> str:
+    """What a command prints, both streams. Raises `subprocess.CalledProcessError` and prints the end of that."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if may_fail:
+        return done.stdout
     if done.returncode:
         print(done.stdout[-2000:], file=sys.stderr)
     done.check_returncode()

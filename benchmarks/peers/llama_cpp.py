@@ -86,7 +86,7 @@ class LlamaCpp:
         load, slots = self.setting.load, max(self.setting.levels)
         slot_tokens = 2 * (load.prompt_tokens + load.output_tokens)
         tool, threads = self.binaries / "llama-server", str(self.setting.num_threads)
-        known = said([tool, "--help"])
+        known = said([tool, "--help"], may_fail=True)  # some builds end it with 1
         return ServerCommand(
             command=[
                 str(tool), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-t", threads, "-tb", threads,
