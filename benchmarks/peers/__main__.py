@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from benchmarks.arguments import positive
 from benchmarks.peers.llama_cpp import IK, TOOLS, LlamaCpp, find_binaries, find_ik_binaries
 from benchmarks.peers.openvino import OpenVino
 from benchmarks.peers.ours import Llmserve
@@ -18,7 +19,9 @@ from benchmarks.peers.results import RESULTS, Comparison, Engine, ModelFile, sav
 from benchmarks.peers.rounds import run_rounds
 from benchmarks.peers.vllm_cpu import VllmCpu
 from llmserve.checkpoints import pull
+from llmserve.errors import LLMServeError
 from llmserve.tools.bench_host import describe_host
+from llmserve.tools.bench_load import Load
 
 PEERS: Final = ("llama.cpp", "ik_llama.cpp", "openvino", "vllm")
 _EPILOG: Final = """examples:
@@ -75,6 +78,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--vllm-weights", type=Path, help="folder that vLLM loads (default: the file's weights in BF16)")
     add("--model", default="smollm2", help="path or name of a GGUF file (smollm2)")
     add("--files", default="", help="more files of the same network, with commas: each peer's best type is told too")
+    add("--levels", type=positive(int), default=LEVELS, metavar="N,N,…", help="streams and batch sizes (1,8,32)")
+    add("--prompt-tokens", type=int, default=128, help="but for prefill without HTTP, which is of 512 (128)")
+    add("--output-tokens", type=int, default=64, help="length of the answers (64)")
     add("--rounds", type=int, default=3, help="alternations (3)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="compute threads of each (all cores)")
     add("--max-others", type=float, default=0.1, help="cores that others may use meanwhile (0.1)")
@@ -87,11 +93,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the rounds; write the result file and the plot, print the table."""
     args = parse_arguments(arguments)
     quiet = Quiet(max_cores=args.max_others, timeout_s=args.wait_quiet)
-    setting = Setting(num_threads=args.threads, quiet=quiet, levels=LEVELS)
+    load = Load(prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens)
+    setting = Setting(num_threads=args.threads, load=load, quiet=quiet, levels=args.levels)
     files = [pull.resolve(name) for name in (args.model, *filter(None, args.files.split(",")))]
     engines = choose(args.peers, setting, args)
     host = describe_host()
-    served, alone = run_rounds(setting, engines, files, args.rounds)
+    try:
+        served, alone = run_rounds(setting, engines, files, args.rounds)
+    except LLMServeError as error:
+        print(f"nothing is written: {error}", file=sys.stderr)
+        return 1
     result = Comparison(
         host=host,
         model=ModelFile.of(files[0]),

@@ -23,6 +23,19 @@ _HTTP_FIGURES: Final[tuple[tuple[str, str, Callable[[LevelReport], float]], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """How much faster ours is than a peer; above 1 it is."""
+
+    of_medians: float
+    low: float
+    """Within an alternation."""
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.of_medians:.2f}× ({self.low:.2f}–{self.high:.2f})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One figure of all engines."""
 
@@ -43,12 +56,18 @@ class Row:
         pick = max if self.unit == RATE else min
         return pick(medians, key=lambda name: medians[name]) if medians else None
 
-    def ratio(self, peer: str) -> Summary | None:
-        """How much faster ours is than a peer, in each round that has both: above 1 it is."""
+    def ratio(self, peer: str) -> Ratio | None:
+        """Of the medians, which one disturbed alternation does not move, and its range; None where one is missing."""
         theirs, ours = self.by_round.get(peer, {}), self.by_round.get(OURS, {})
         both = [(ours[number], theirs[number]) for number in sorted(ours.keys() & theirs.keys())]
-        ratios = [mine / other if self.unit == RATE else other / mine for mine, other in both if mine and other]
-        return Summary.of(ratios) if ratios else None
+        ratios = [self._faster(*pair) for pair in both if all(pair)]
+        medians = statistics.median(ours.values() or [0.0]), statistics.median(theirs.values() or [0.0])
+        if not ratios or not all(medians):
+            return None
+        return Ratio(of_medians=self._faster(*medians), low=min(ratios), high=max(ratios))
+
+    def _faster(self, ours: float, theirs: float) -> float:
+        return ours / theirs if self.unit == RATE else theirs / ours
 
 
 def rows_of(result: Comparison, file: str) -> list[Row]:
@@ -102,7 +121,7 @@ def _file_table(result: Comparison, file: str, *, full: bool) -> str:
         if full or row.unit == RATE:
             cells = [_cell(row.summary(name), row.unit) for name in (*peers, OURS)]
             best = row.best_peer()
-            lines.append(f"| {row.what} | {' | '.join(cells)} | {_ratio_cell(row.ratio(best) if best else None)} |")
+            lines.append(f"| {row.what} | {' | '.join(cells)} | {(row.ratio(best) if best else None) or '—'} |")
     return "\n".join(lines)
 
 
@@ -131,15 +150,15 @@ def _best_file(peer: str, what: str, by_file: dict[str, dict[str, Row]]) -> tupl
 
 
 def shortfall(result: Comparison) -> str:
-    """Markdown: every figure in which a peer is faster on the same file, by the median of the rounds."""
+    """Markdown: every figure in which a peer is faster on the same file, by the medians."""
     lines = []
     for file in (result.model.name, *(one.name for one in result.other_files)):
         for row in rows_of(result, file):
             for peer in result.peers:
                 ratio = row.ratio(peer)
-                if ratio and ratio.median < 1:
+                if ratio and ratio.of_medians < 1:
                     where = f" ({file})" if result.other_files else ""
-                    lines.append(f"- {row.what}{where}: {_ratio_cell(ratio)} of {peer}")
+                    lines.append(f"- {row.what}{where}: {ratio} of {peer}")
     if not lines:
         return "What falls short: nothing; in each figure llmserve is at least as fast as each peer.\n"
     return "\n".join(["What falls short of a peer:", "", *lines]) + "\n"
@@ -169,10 +188,6 @@ def _cell(value: Summary | None, unit: str) -> str:
     return f"{value.median:.{digits}f} {unit} ({value.low:.{digits}f}–{value.high:.{digits}f})"
 
 
-def _ratio_cell(ratio: Summary | None) -> str:
-    return f"{ratio.median:.2f}× ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "—"
-
-
 def _provenance(result: Comparison) -> str:
     """What the figures belong to, and what disturbed them."""
     host = result.host
@@ -184,12 +199,19 @@ def _provenance(result: Comparison) -> str:
     rounds = max(one.round for one in records)
     client = max((record.level.client_cpu_share for record in result.served), default=0.0)
     failed = ", ".join(f"{name} {count}" for name, count in failures.items())
+    disturbed = sum(others > result.max_others_cores for others in measured)
+    warning = (
+        f" {disturbed} of {len(measured)} measurements were disturbed: others took more than "
+        f"{result.max_others_cores:g} cores."
+        if disturbed
+        else ""
+    )
     given = "".join(f" {one.name} computes with {one.given}." for one in result.engines if one.given)
     return (
         f"{result.model.name}, {result.prompt_tokens} tokens in, {result.output_tokens} out; medians of {rounds} "
-        f"alternations (lowest–highest); ratios are made in each, above 1 means that {OURS} is faster.{given} Failed "
-        f"requests: {failed or 'none sent'}. {host.cpu} (family/model {host.cpu_family_model}; "
-        f"{', '.join(host.features)}), {host.num_cores} cores, {result.num_threads} threads each. Other processes kept "
-        f"{statistics.median(measured):.2f} cores busy (median; {max(measured):.2f} at most), the load generator "
-        f"{client:.1%} of one. {host.date[:10]}, commit `{host.commit}`."
+        "alternations (lowest–highest), ratios are of medians (lowest–highest within an alternation), above 1 means "
+        f"that {OURS} is faster.{given} Failed requests: {failed or 'none sent'}. {host.cpu} (family/model "
+        f"{host.cpu_family_model}; {', '.join(host.features)}), {host.num_cores} cores, {result.num_threads} threads "
+        f"each. Other processes kept {statistics.median(measured):.2f} cores busy (median; {max(measured):.2f} at "
+        f"most), the load generator {client:.1%} of one.{warning} {host.date[:10]}, commit `{host.commit}`."
     )

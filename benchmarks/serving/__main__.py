@@ -7,13 +7,14 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import uvloop
 
+from benchmarks.arguments import one_positive, positive
 from benchmarks.peers.results import RESULTS, save_json
 from benchmarks.serving.records import Level, Serving, Slo, closed_level, open_level
 from benchmarks.serving.report import COLUMNS, failures_of, page, row
@@ -47,29 +48,6 @@ class Plan:
     seconds: float
     load: Load
     slo: Slo
-
-
-def positive(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
-    """A parser of numbers above 0 with commas between; an empty text is an empty list."""
-
-    def parse(text: str) -> list[float]:
-        try:
-            values = [kind(part) for part in text.split(",") if text]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas, e.g. 1,8,32") from error
-        if not all(0 < value < float("inf") for value in values):
-            raise argparse.ArgumentTypeError(f"{text!r}: numbers above 0")
-        return values
-
-    return parse
-
-
-def one_positive(text: str) -> float:
-    """A number above 0."""
-    (value, *more) = positive(float)(text) or [0.0]
-    if more or not value:
-        raise argparse.ArgumentTypeError(f"{text!r}: one number above 0")
-    return value
 
 
 async def measure(endpoint: Endpoint, plan: Plan, *, is_child: bool) -> tuple[Load, list[Level], list[Level]]:

@@ -56,19 +56,35 @@ def comparison(
     )  # fmt: skip
 
 
-def test_ratios_are_made_within_rounds() -> None:
-    """The machine was half as fast in the second round: each ratio is 2, those of the medians are not."""
+def test_a_ratio_is_of_medians_and_its_range_within_rounds() -> None:
+    """The machine was half as fast in the second round: the ratio within each is 2."""
     row = Row(label="", what="", unit="tok/s", by_round={"p": {1: 100.0, 2: 50.0, 3: 90.0}, OURS: {1: 200.0, 2: 100.0}})
     ratio = row.ratio("p")
     assert ratio is not None
-    assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 2.0)
+    assert (ratio.low, ratio.high) == (2.0, 2.0)
+    assert ratio.of_medians == pytest.approx(150 / 90)
+
+
+def test_one_disturbed_round_makes_no_ratio() -> None:
+    rounds = {"p": {1: 1.0, 2: 140.0, 3: 142.0}, OURS: {1: 70.0, 2: 70.0, 3: 71.0}}
+    ratio = Row(label="", what="", unit="tok/s", by_round=rounds).ratio("p")
+    assert ratio is not None
+    assert ratio.of_medians == 0.5
+    assert str(ratio) == "0.50× (0.50–70.00)"
+
+
+def test_disturbed_measurements_are_told() -> None:
+    records = [alone("p", 1, 100.0), alone(OURS, 1, 100.0)]
+    assert "disturbed" not in speed_table(comparison(alone=records), full=False)
+    records.append(msgspec.structs.replace(records[0], round=2, others_cores=0.5))
+    assert "1 of 3 measurements were disturbed" in speed_table(comparison(alone=records), full=False)
 
 
 def test_shorter_times_are_faster() -> None:
     row = Row(label="", what="", unit="ms", by_round={"p": {1: 10.0}, "q": {1: 30.0}, OURS: {1: 20.0}})
     assert row.best_peer() == "p"
     ratios = [row.ratio(name) for name in ("p", "q")]
-    assert [one.median if one else None for one in ratios] == [0.5, 1.5]
+    assert [one.of_medians if one else None for one in ratios] == [0.5, 1.5]
 
 
 def test_a_peer_without_the_figure_is_left_out_not_nought() -> None:

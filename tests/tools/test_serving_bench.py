@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.serving.__main__ import main, one_positive, positive
+from benchmarks.arguments import one_positive, positive
+from benchmarks.serving.__main__ import main
 from benchmarks.serving.records import Serving, Slo, closed_level, count_good, open_level
 from benchmarks.serving.report import failures_of, page
 from llmserve.tools.bench_host import describe_host
