@@ -5,8 +5,9 @@ Invariant: an image is well-formed XML, needs nothing from outside, and shows no
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
@@ -55,9 +56,13 @@ Panel = Bars | Lines
 
 
 def draw(panels: Sequence[Panel], *, own: str = "llmserve") -> str:
-    """The panels below each other, each with its own scale from zero. The series `own` has the colour of the house."""
+    """The panels below each other, each with its own scale from zero.
+
+    A series has one colour in all panels, `own` that of the house.
+    """
     height = _HEIGHT * len(panels)
-    body = "".join(part for number, panel in enumerate(panels) for part in _panel(panel, _HEIGHT * number, own))
+    colors = _colors([name for panel in panels for name, _ in panel.series], own)
+    body = "".join(part for number, panel in enumerate(panels) for part in _panel(panel, _HEIGHT * number, colors))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" '
         f'font-size="12"><rect width="{_WIDTH}" height="{height}" fill="white"/>\n{body}</svg>\n'
@@ -93,8 +98,8 @@ def _round_step(least: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
-def _panel(panel: Panel, top: int, own: str) -> Iterator[str]:
-    colors = _colors([name for name, _ in panel.series], own)
+def _panel(panel: Panel, top: int, colors_of: Mapping[str, str]) -> Iterator[str]:
+    colors = [colors_of[name] for name, _ in panel.series]
     yield _text(16, top + 20, panel.title, anchor="start", weight="bold")
     x = float(_LEFT)
     for (name, _), color in zip(panel.series, colors, strict=True):
@@ -108,9 +113,9 @@ def _panel(panel: Panel, top: int, own: str) -> Iterator[str]:
         yield from _lines(panel, floor, ceiling, colors)
 
 
-def _colors(names: Sequence[str], own: str) -> list[str]:
-    others = iter(_COLORS * (len(names) // len(_COLORS) + 1))
-    return [_OWN if name == own else next(others) for name in names]
+def _colors(names: Iterable[str], own: str) -> dict[str, str]:
+    others = itertools.cycle(_COLORS)
+    return {name: _OWN if name == own else next(others) for name in dict.fromkeys(names)}
 
 
 def _bars(panel: Bars, floor: float, ceiling: float, colors: Sequence[str]) -> Iterator[str]:

@@ -46,6 +46,14 @@ def test_our_colour_is_ours_in_every_order() -> None:
         assert colors[names.index("llmserve")] == "#2f6fdb"
 
 
+def test_a_series_has_one_colour_in_all_panels() -> None:
+    one = [Summary.of([1.0])]
+    panels = [Bars("t", ["a"], [(name, one) for name in names]) for names in (["x", "z"], ["x", "y", "z"])]
+    colors = [bar.get("fill") for bar in bars_of(ElementTree.fromstring(draw(panels)))]
+    assert colors[:2] == [colors[2], colors[4]]
+    assert len(set(colors)) == 3
+
+
 def test_lines_are_to_scale() -> None:
     """Equal ratios of x are equal distances; y is linear from zero."""
     image = parsed(Lines(title="t", x_title="x", series=[("s", [(1, 1.0), (4, 2.0), (16, 4.0)])]))
