@@ -8,6 +8,7 @@ from typing import Literal
 
 RopeStyle = Literal["half", "interleaved"]
 KVCacheDtype = Literal["bf16", "int8"]
+Speculation = Literal["auto", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +110,11 @@ class EngineConfig:
     """Waiting time that counts as much as one priority; 0: priorities are strict."""
     enable_prefix_cache: bool = True
     """Keep the blocks of ended sequences for prompts that begin alike."""
+    speculation: Speculation = "auto"
+    """auto: guess tokens ahead from what was said before and verify several in a step, where that pays. Results are the
+    same."""
+    max_draft_tokens: int = 15
+    """Tokens guessed ahead at most, for each sequence in a step."""
     block_size: int = 16
     kv_cache_bytes: int = 0
     """0: sized from the free memory."""

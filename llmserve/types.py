@@ -149,6 +149,17 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The image of the packed weights; empty: there is none."""
 
 
+class DraftStats(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Running totals of speculation."""
+
+    num_drafts: int = 0
+    """Drafts verified; each is of one sequence in one step."""
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_per_position: tuple[int, ...] = ()
+    """Of the first token of the drafts, the second, … up to the longest draft so far."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Gauges and running totals of an engine, sent with every step."""
 
@@ -164,6 +175,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Prompt tokens found there."""
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+    drafts: DraftStats = DraftStats()
     last_step_tokens: int = 0
     last_step_s: float = 0.0
 

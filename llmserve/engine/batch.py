@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmserve.engine.plan import Chunk, Plan
+from llmserve.engine.plan import Chunk, Plan, Verification
 from llmserve.engine.sequence import Sequence
 from llmserve.ops.protocol import SamplingState, StepInput
 
@@ -69,12 +69,12 @@ class BatchBuilder:
         self._rows = _DecodeRows.of([])
 
     def build(self, plan: Plan) -> StepInput:
-        """The arrays of one step: decodes first, then chunks."""
-        decodes = self._build_decodes(plan.decodes)
-        if not plan.chunks:
-            return decodes
-        parts = [_build_chunk(chunk) for chunk in plan.chunks]
-        return _concatenate([decodes, *parts])
+        """The arrays of one step: decodes first, then verifications, then chunks."""
+        parts = [self._build_decodes(plan.decodes)] if plan.decodes else []
+        parts += [_build_verification(part) for part in plan.verifications]
+        if len(parts) == 1 and not plan.chunks:
+            return parts[0]
+        return _concatenate([*parts, *(_build_chunk(chunk) for chunk in plan.chunks)])
 
     def _build_decodes(self, sequences: list[Sequence]) -> StepInput:
         rows = self._rows
@@ -98,6 +98,30 @@ class BatchBuilder:
             num_logprobs=rows.num_logprobs,
             states=rows.states,
         )
+
+
+def _build_verification(part: Verification) -> StepInput:
+    """The arrays of one sequence with its drafts, as if it were alone in the step."""
+    seq, num_rows = part.seq, part.num_rows
+    start, end = seq.num_tokens - 1, seq.num_tokens - 1 + num_rows
+    rows = np.array([seq.sampling_row] * num_rows, dtype=_SAMPLING)
+    positions = np.arange(start, end, dtype=np.int32)
+    return StepInput(
+        token_ids=np.array([seq.token_ids[-1], *part.draft_ids], dtype=np.int32),
+        positions=positions,
+        query_start=np.array([0, num_rows], dtype=np.int32),
+        seq_lens=np.array([end], dtype=np.int32),
+        block_tables=np.array([seq.block_table], dtype=np.int64),
+        logit_rows=np.arange(num_rows, dtype=np.int32),
+        targets=np.full(num_rows, -1, dtype=np.int32),
+        sample_position=positions.astype(np.int64) + 1,
+        temperature=np.ascontiguousarray(rows["temperature"]),
+        top_k=np.ascontiguousarray(rows["top_k"]),
+        top_p=np.ascontiguousarray(rows["top_p"]),
+        min_p=np.ascontiguousarray(rows["min_p"]),
+        seed=np.ascontiguousarray(rows["seed"]),
+        num_logprobs=np.ascontiguousarray(rows["num_logprobs"]),
+    )
 
 
 def _build_chunk(chunk: Chunk) -> StepInput:

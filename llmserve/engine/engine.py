@@ -130,6 +130,7 @@ class Engine:
             num_cache_hits=self._scheduler.num_cache_hits,
             num_prompt_tokens=self._collector.num_prompt_tokens,
             num_generation_tokens=self._collector.num_generation_tokens,
+            drafts=self._collector.drafts,
             last_step_tokens=self._last_step_tokens,
             last_step_s=self._last_step_s,
         )
@@ -200,9 +201,7 @@ class Engine:
         if isinstance(outcome, Exception):
             return self._recover(plan, outcome)
         seconds = time.perf_counter() - started
-        self._scheduler.step_times.observe(
-            len(plan.decodes), plan.num_chunk_tokens, seconds, context=plan.chunk_context
-        )
+        self._scheduler.observe(plan, seconds)
         return self._apply(plan, outcome)
 
     def _recover(self, plan: Plan, error: Exception) -> list[Output]:
@@ -220,7 +219,11 @@ class Engine:
         return outputs
 
     def _apply(self, plan: Plan, result: StepResult) -> list[Output]:
-        outputs, ended = self._collector.apply(plan, result, self._clock())
+        outputs, ended, spoiled = self._collector.apply(plan, result, self._clock())
+        for seq in spoiled:
+            _log.warning("drafts made logits that are not finite request_id=%s", seq.request_id)
+            seq.may_draft = False
+            self._scheduler.preempt(seq)
         for chunk in plan.chunks:
             self._kv_cache.commit(chunk.seq)
         for seq in ended:

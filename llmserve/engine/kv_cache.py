@@ -151,6 +151,19 @@ class KVCacheManager:
         """Tokens of a waiting sequence that are cached now."""
         return self._pool.match(seq.view, seq.cache_salt) if seq.reads_cache else 0
 
+    def reserve_drafts(self, seq: Sequence, num_drafts: int, *, num_kept_free: int) -> int:
+        """Make room for drafts after the known tokens, if so many blocks stay free then; how many drafts fit.
+
+        What is reserved stays with the sequence: it grows into it.
+        """
+        wanted = seq.num_tokens + num_drafts
+        if wanted > seq.num_reserved_tokens:
+            num_more = self.num_blocks_of(wanted) - self.num_blocks_of(seq.num_reserved_tokens)
+            if self.num_free - num_more >= num_kept_free and self._pool.reserve([seq.block_table], [wanted]):
+                self.commit(seq)
+                seq.num_reserved_tokens += num_more * self._block_size
+        return min(num_drafts, seq.num_reserved_tokens - seq.num_tokens)
+
     def commit(self, seq: Sequence) -> None:
         """Offer the computed full blocks of a sequence to others."""
         if self._shares_prefixes and not seq.is_poisoned:

@@ -21,6 +21,7 @@ from llmserve.types import EngineInfo
 
 MIN_LOGIT_ROWS = 64
 """Rows for scoring prompts even when few sequences may run."""
+MAX_DRAFT_TOKENS = 63
 
 
 def load_engine(config: EngineConfig, *, progress: Progress) -> Engine:
@@ -98,6 +99,12 @@ def _scheduler_config(config: EngineConfig) -> SchedulerConfig:
             f"({config.max_num_batched_tokens})",
             param="max_num_seqs",
         )
+    if not 1 <= config.max_draft_tokens <= MAX_DRAFT_TOKENS:
+        raise InvalidRequest(
+            f"max_draft_tokens is {config.max_draft_tokens}; it must lie between 1 and {MAX_DRAFT_TOKENS}. "
+            "To draft nothing, set speculation to off",
+            param="max_draft_tokens",
+        )
     return SchedulerConfig(
         max_num_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
@@ -106,4 +113,5 @@ def _scheduler_config(config: EngineConfig) -> SchedulerConfig:
         itl_target_ms=config.itl_target_ms,
         ageing_s=config.priority_ageing_s,
         enable_prefix_cache=config.enable_prefix_cache,
+        max_draft_tokens=config.max_draft_tokens if config.speculation == "auto" else 0,
     )

@@ -1,7 +1,7 @@
-"""One step's work: whole decodes and cut chunks.
+"""One step's work: whole decodes, verifications and cut chunks.
 
-Rows of a step are ordered as its plan: all decodes first, then all chunks, each chunk's scored positions before the
-one it samples.
+Rows of a step are ordered as its plan: all decodes first, then all verifications, each with the row of its last token
+before those of its drafts, then all chunks, each chunk's scored positions before the one it samples.
 """
 
 from __future__ import annotations
@@ -23,17 +23,35 @@ class Chunk:
     """Whether the last token's row samples the next token."""
 
 
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A decode with drafts behind it: one row for the last token and one for each draft."""
+
+    seq: Sequence
+    draft_ids: list[int]
+    """What the sequence is guessed to go on with; at least one."""
+
+    @property
+    def num_rows(self) -> int:
+        return 1 + len(self.draft_ids)
+
+
 @dataclass(slots=True)
 class Plan:
-    """One step's work. Rows of the step: all decodes in order, then all chunks in order."""
+    """One step's work. Rows of the step: all decodes in order, then all verifications, then all chunks."""
 
     decodes: list[Sequence] = field(default_factory=list)
     """Sequences with one token to compute and one to sample."""
     chunks: list[Chunk] = field(default_factory=list)
+    verifications: list[Verification] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decodes) + self.num_chunk_tokens
+        return len(self.decodes) + len(self.verifications) + self.num_draft_tokens + self.num_chunk_tokens
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(len(verification.draft_ids) for verification in self.verifications)
 
     @property
     def num_chunk_tokens(self) -> int:
@@ -47,24 +65,25 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        return len(self.decodes) + sum(chunk.num_score_rows + chunk.samples for chunk in self.chunks)
+        chunk_rows = sum(chunk.num_score_rows + chunk.samples for chunk in self.chunks)
+        return self.num_tokens - self.num_chunk_tokens + chunk_rows
 
     @property
     def num_sequences(self) -> int:
-        return len(self.decodes) + len(self.chunks)
+        return len(self.decodes) + len(self.verifications) + len(self.chunks)
 
     def sequences(self) -> list[Sequence]:
         """All sequences of the step, in row order."""
-        return self.decodes + [chunk.seq for chunk in self.chunks]
+        return [*self.decodes, *(part.seq for part in self.verifications), *(part.seq for part in self.chunks)]
 
     def halves(self) -> tuple[Plan, Plan]:
         """The same work as two steps, each with at least one of the sequences of a plan of two or more."""
         middle = self.num_sequences // 2
-        num_decodes = len(self.decodes)
-        split = max(0, middle - num_decodes)
+        verified = max(0, middle - len(self.decodes))
+        cut = max(0, verified - len(self.verifications))
         return (
-            Plan(self.decodes[:middle], self.chunks[:split]),
-            Plan(self.decodes[middle:], self.chunks[split:]),
+            Plan(self.decodes[:middle], self.chunks[:cut], self.verifications[:verified]),
+            Plan(self.decodes[middle:], self.chunks[cut:], self.verifications[verified:]),
         )
 
 

@@ -4,7 +4,7 @@ One rule: there is no prefill and no decode phase, only `num_computed_tokens` ca
 budgets of a step. Running sequences go first, each owed at least one token and one logit row; then waiting ones as
 `waiting_queue` orders them, as long as the first of them fits. Out of blocks: the least urgent, newest running
 sequence is preempted and later recomputed. Beside decodes, prompts get as many tokens as the target for the latency
-between tokens allows.
+between tokens allows. What is left of a step without prompts may go to drafts (`speculation`).
 
 Invariants: a sequence is in exactly one of `running`, `waiting` and the fork book until `remove`; a plan never
 exceeds a budget; a sequence that is not running holds no block.
@@ -20,6 +20,7 @@ from llmserve.engine.forks import ForkBook, can_fork
 from llmserve.engine.kv_cache import KVCacheManager
 from llmserve.engine.plan import Plan, cut_chunk
 from llmserve.engine.sequence import Sequence
+from llmserve.engine.speculation import Speculation
 from llmserve.engine.step_time import StepTimeModel
 from llmserve.engine.waiting_queue import WaitingQueue
 
@@ -38,6 +39,8 @@ class SchedulerConfig:
     ageing_s: float = 10.0
     """Waiting time that counts as much as one priority; 0: priorities are strict."""
     enable_prefix_cache: bool = True
+    max_draft_tokens: int = 0
+    """Tokens guessed ahead for one sequence, verified in one step; 0: no speculation."""
 
 
 class Scheduler:
@@ -55,6 +58,7 @@ class Scheduler:
         )
         self.fair_share = FairShare()
         self.step_times = StepTimeModel()
+        self.speculation = Speculation(config.max_draft_tokens, kv_cache)
         self.num_preemptions = 0
         self.num_cache_queries = 0
         self.num_cache_hits = 0
@@ -101,7 +105,25 @@ class Scheduler:
         tokens, rows = self._plan_running(plan)
         if not was_short:
             self._admit_waiting(plan, tokens, rows, now_s)
+            left = min(self._config.max_num_tokens, self._config.max_logit_rows) - len(plan.decodes)
+            self.speculation.extend(plan, self.step_times, max_rows=left, num_running=len(self.running))
         return plan
+
+    def observe(self, plan: Plan, seconds: float) -> None:
+        """Learn from the time of a step that succeeded; before anything in it has advanced."""
+        num_decodes = len(plan.decodes) + len(plan.verifications)
+        if plan.verifications:
+            self.step_times.observe_drafts(num_decodes, plan.num_draft_tokens, seconds)
+        else:
+            self.step_times.observe(num_decodes, plan.num_chunk_tokens, seconds, context=plan.chunk_context)
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take a running sequence's blocks; it queues to be computed again."""
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self.running.remove(seq)
+        self._kv_cache.release(seq)
+        self.waiting.add(seq)
 
     def _grow_running(self, now_s: float) -> bool:
         """Reserve what running sequences need for this step. Says whether some had to be preempted."""
@@ -116,18 +138,11 @@ class Scheduler:
         top = min(seq.priority for seq in [*self.running, *self.waiting])
         while growing:
             victim = max(self.running, key=lambda seq: (self.waiting.urgency(seq, top, now_s), seq.order))
-            victim.num_preemptions += 1
-            self.num_preemptions += 1
-            self._return_to_queue(victim)
+            self.preempt(victim)
             if victim in growing:
                 growing.remove(victim)
             del growing[: self._kv_cache.grow(growing)]
         return True
-
-    def _return_to_queue(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self._kv_cache.release(seq)
-        self.waiting.add(seq)
 
     def _plan_running(self, plan: Plan) -> tuple[int, int]:
         """Plan all running sequences; returns the tokens and the logit rows left of the budgets."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from llmserve.engine.drafter import Drafter
 from llmserve.engine.fair_share import Account
 from llmserve.ops.protocol import SamplingState
 from llmserve.types import FinishReason, Request, RequestTiming, SamplingParams, TokenLogprob
@@ -76,6 +77,10 @@ class Sequence:
     """temperature, top_k, top_p, min_p, seed, num_logprobs: this sequence's row of the sampling arrays."""
     state: SamplingState | None = None
     """What its sampling remembers, where a parameter needs that. It outlives a preemption."""
+    may_draft: bool = False
+    """Whether drafts may be verified for it: its sampling depends on nothing but logits and position."""
+    drafter: Drafter | None = None
+    """Made when it first may need one. It outlives a preemption."""
 
     @classmethod
     def of(
@@ -119,6 +124,7 @@ class Sequence:
                 num_logprobs,
             ),
             state=_sampling_state(request, vocab_size),
+            may_draft=not needs_state(sampling),
         )
 
     @property
