@@ -9,6 +9,7 @@ from typing import Literal
 RopeStyle = Literal["half", "interleaved"]
 KVCacheDtype = Literal["bf16", "int8"]
 Speculation = Literal["auto", "off"]
+DEFAULT_MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS = 15, 63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +114,7 @@ class EngineConfig:
     speculation: Speculation = "auto"
     """auto: guess tokens ahead from what was said before and verify several in a step, where that pays. Results are the
     same."""
-    max_draft_tokens: int = 15
+    max_draft_tokens: int = DEFAULT_MAX_DRAFT_TOKENS
     """Tokens guessed ahead at most, for each sequence in a step."""
     block_size: int = 16
     kv_cache_bytes: int = 0

@@ -204,7 +204,18 @@ class Metrics:
             ("vllm:num_preemptions", "Sequences preempted.", stats.num_preemptions),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.num_cache_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.num_cache_hits),
+            ("vllm:spec_decode_num_drafts", "Drafts verified.", stats.drafts.num_drafts),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens of drafts.", stats.drafts.num_draft_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Those that were right.", stats.drafts.num_accepted_tokens),
         ):
             counter = CounterMetricFamily(name, text, labels=("model_name",))
             counter.add_metric(label, value)
             yield counter
+        positions = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Those that were right, by their position in the draft.",
+            labels=("model_name", "position"),
+        )
+        for position, count in enumerate(stats.drafts.num_accepted_per_position):
+            positions.add_metric((self.model_name, str(position)), count)
+        yield positions

@@ -13,7 +13,7 @@ import random
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -102,7 +102,7 @@ def _gaps(streams: list[Stream], after_s: float, until_s: float) -> list[float]:
 
 def measure(model: Path, scenario: _Scenario, num_rounds: int) -> list[Round]:
     """Both engines in turn, each round when the machine is quiet."""
-    common = {"max_model_len": MAX_MODEL_LEN, "kv_cache_bytes": 2**30, "max_num_seqs": 64}
+    common: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "kv_cache_bytes": 2**30, "max_num_seqs": 64}
     probes = {
         "chunked": Probe(model, **common),
         "unchunked": Probe(model, **common, itl_target_ms=0.0, max_num_batched_tokens=_UNCHUNKED_TOKENS),

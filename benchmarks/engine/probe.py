@@ -1,7 +1,8 @@
 """An engine driven step by step in this process, every output stamped with its time.
 
 What the proofs of the engine share. Invariant: a probe's engine has the model's own end-of-generation tokens switched
-off, so a stream has as many tokens as it was asked for.
+off, so a stream has as many tokens as it was asked for. It does not speculate unless asked to: times between tokens are
+those of steps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import msgspec
 
 from benchmarks.peers.results import RESULTS, ModelFile, save_json
 from llmserve.checkpoints import pull
-from llmserve.config import EngineConfig
+from llmserve.config import EngineConfig, Speculation
 from llmserve.engine.engine import Engine
 from llmserve.engine.loader import load_engine
 from llmserve.errors import EngineFault
@@ -53,9 +54,9 @@ class Stream:
 class Probe:
     """One loaded engine and its requests."""
 
-    def __init__(self, model: Path, **options: Any) -> None:
+    def __init__(self, model: Path, *, speculation: Speculation = "off", **options: Any) -> None:
         self.engine: Engine = load_engine(
-            EngineConfig(model_path=model, **options), progress=lambda phase, done, total: None
+            EngineConfig(model_path=model, speculation=speculation, **options), progress=lambda phase, done, total: None
         )
         self._streams: dict[str, Stream] = {}
         self._num_requests = 0

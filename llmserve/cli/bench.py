@@ -14,6 +14,7 @@ import typer
 from llmserve.cli import options
 from llmserve.cli.progress import ProgressDisplay
 from llmserve.cli.remote_model import API_KEY_VARIABLE
+from llmserve.config import DEFAULT_MAX_DRAFT_TOKENS
 from llmserve.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def command(
     offline: Offline = False,
     threads: options.Threads = 0,
     exact: options.Exact = False,
+    speculation: options.SpeculationOption = "auto",
+    max_draft_tokens: options.MaxDraftTokens = DEFAULT_MAX_DRAFT_TOKENS,
 ) -> int:
     """Run the command; see `HELP`."""
     levels = parse_levels(streams)
@@ -89,7 +92,9 @@ def command(
         endpoint = Endpoint.parse(target, api_key=os.environ.get(API_KEY_VARIABLE))
         reports = _run(endpoint, load, levels)
     else:
-        reports = _serve_and_run(target, load, levels, threads=threads, exact=exact)
+        engine_options = ["--threads", str(threads), *(["--exact"] if exact else [])]
+        engine_options += ["--speculation", speculation, "--max-draft-tokens", str(max_draft_tokens)]
+        reports = _serve_and_run(target, load, levels, engine_options)
     _write(json, {"target": target, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "levels": reports})
     return 1 if any(report.num_failures for report in reports) else 0
 
@@ -136,14 +141,13 @@ def _offline(
     return report
 
 
-def _serve_and_run(model: str, load: Load, levels: list[int], *, threads: int, exact: bool) -> list[LevelReport]:
+def _serve_and_run(model: str, load: Load, levels: list[int], engine_options: list[str]) -> list[LevelReport]:
     from llmserve.checkpoints import pull
     from llmserve.tools.bench_server import free_port, llmserve_command, running_server
 
     with ProgressDisplay() as display:  # a download is shown here, not lost in the server's output
         path = pull.resolve(model, progress=display)
     port = free_port()
-    engine_options = ["--threads", str(threads), *(["--exact"] if exact else [])]
     with running_server(llmserve_command(str(path), port=port, options=engine_options), port=port) as server:
         return _run(server.endpoint, load, levels)
 

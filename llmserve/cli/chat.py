@@ -18,6 +18,7 @@ import typer
 from llmserve.cli import options
 from llmserve.cli.partner import ChatMessage, ChatOptions, Partner
 from llmserve.cli.progress import ProgressDisplay
+from llmserve.config import DEFAULT_MAX_DRAFT_TOKENS, Speculation
 from llmserve.errors import LLMServeError
 
 HELP: Final = """Chat with MODEL, or with the model of the server at URL.
@@ -85,6 +86,8 @@ def command(
     threads: options.Threads = 0,
     exact: options.Exact = False,
     packed_cache: options.PackedCache = True,
+    speculation: options.SpeculationOption = "auto",
+    max_draft_tokens: options.MaxDraftTokens = DEFAULT_MAX_DRAFT_TOKENS,
 ) -> int:
     """Run the command; see `HELP`."""
     sampling = ChatOptions(
@@ -102,6 +105,8 @@ def command(
                 threads=threads,
                 exact=exact,
                 packed_cache=packed_cache,
+                speculation=speculation,
+                max_draft_tokens=max_draft_tokens,
             )
         try:
             conversation = Conversation(runner, partner, sampling, system=system)
@@ -127,6 +132,8 @@ def _open_local(
     threads: int,
     exact: bool,
     packed_cache: bool,
+    speculation: Speculation,
+    max_draft_tokens: int,
 ) -> Partner:
     from llmserve.checkpoints import pull
     from llmserve.cli.local_model import open_local_model
@@ -141,6 +148,8 @@ def _open_local(
             threads=threads,
             exact=exact,
             packed_cache=packed_cache,
+            speculation=speculation,
+            max_draft_tokens=max_draft_tokens,
         )
         return runner.run(open_local_model(config, name=options.model_name(model, path), on_progress=display))
 

@@ -101,6 +101,12 @@ def _describe_engine(engine: Engine, config: EngineConfig) -> Iterator[Finding]:
         f"{info.architecture}, {format_bytes(info.weight_bytes)} of weights for {info.isa} in {info.load_s:.1f} s",
     )
     yield _weights(info, config)
+    yield Finding(
+        "speculation",
+        f"up to {config.max_draft_tokens} tokens ahead, where text repeats itself and it pays"
+        if config.speculation == "auto"
+        else "off",
+    )
     num_slots = info.num_blocks * info.block_size
     yield Finding(
         "KV cache",

@@ -17,6 +17,7 @@ import typer
 from llmserve.cli import options
 from llmserve.cli.progress import ProgressDisplay
 from llmserve.cli.prompts_file import NumberedPrompt, read_prompts
+from llmserve.config import DEFAULT_MAX_DRAFT_TOKENS
 from llmserve.errors import EngineDied, InvalidRequest, LLMServeError, NotReady
 from llmserve.service.options import RequestOptions
 
@@ -89,6 +90,8 @@ def command(
     threads: options.Threads = 0,
     exact: options.Exact = False,
     packed_cache: options.PackedCache = True,
+    speculation: options.SpeculationOption = "auto",
+    max_draft_tokens: options.MaxDraftTokens = DEFAULT_MAX_DRAFT_TOKENS,
 ) -> int:
     """Run the command; see `HELP`."""
     prompts = _collect(prompt, file)
@@ -105,6 +108,8 @@ def command(
             threads=threads,
             exact=exact,
             packed_cache=packed_cache,
+            speculation=speculation,
+            max_draft_tokens=max_draft_tokens,
         )
         request = RequestOptions(
             max_tokens=max_tokens,

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from llmserve.cli.byte_size import parse_byte_size
-from llmserve.config import EngineConfig, KVCacheDtype
+from llmserve.config import DEFAULT_MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS, EngineConfig, KVCacheDtype, Speculation
 
 _ENGINE = "Engine"
 _SAMPLING = "Sampling"
@@ -88,6 +88,18 @@ KVCacheDtypeOption = Annotated[
     KVCacheDtype,
     typer.Option("--kv-cache-dtype", rich_help_panel=_ENGINE, help="int8 halves the KV cache, a little less precise."),
 ]
+SpeculationOption = Annotated[
+    Speculation,
+    typer.Option(
+        "--speculation",
+        rich_help_panel=_ENGINE,
+        help="auto: where text repeats itself, guess tokens ahead and verify several in a step. Same results.",
+    ),
+]
+MaxDraftTokens = Annotated[
+    int,
+    typer.Option(min=1, max=MAX_DRAFT_TOKENS, rich_help_panel=_ENGINE, help="Most tokens guessed ahead in a step."),
+]
 StepLease = Annotated[
     bool, typer.Option(rich_help_panel=_ENGINE, help="Take turns with other engines that compute on the same cores.")
 ]
@@ -140,6 +152,8 @@ def engine_config(
     packed_cache: bool = True,
     step_lease: bool = True,
     kv_cache_dtype: KVCacheDtype = "bf16",
+    speculation: Speculation = "auto",
+    max_draft_tokens: int = DEFAULT_MAX_DRAFT_TOKENS,
     trace: Path | None = None,
 ) -> EngineConfig:
     """The engine's configuration. Raises `InvalidRequest` for a size that is none."""
@@ -157,6 +171,8 @@ def engine_config(
         packed_cache_bytes=None if packed_cache else 0,
         step_lease=step_lease,
         kv_cache_dtype=kv_cache_dtype,
+        speculation=speculation,
+        max_draft_tokens=max_draft_tokens,
         trace_path=trace.absolute() if trace is not None else None,
     )
 

@@ -20,7 +20,7 @@ import typer
 from llmserve.cli import options
 from llmserve.cli.byte_size import format_bytes
 from llmserve.cli.progress import ProgressDisplay
-from llmserve.config import EngineConfig, ServerConfig
+from llmserve.config import DEFAULT_MAX_DRAFT_TOKENS, EngineConfig, ServerConfig
 from llmserve.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -93,14 +93,15 @@ def command(
     packed_cache: options.PackedCache = True,
     step_lease: options.StepLease = True,
     kv_cache_dtype: options.KVCacheDtypeOption = "bf16",
+    speculation: options.SpeculationOption = "auto",
+    max_draft_tokens: options.MaxDraftTokens = DEFAULT_MAX_DRAFT_TOKENS,
     trace: options.Trace = None,
 ) -> int:
     """Run the command; see `HELP`."""
     started_s = time.monotonic()
     options.configure_logging(log_level)
-    template = _read_template(chat_template) if chat_template is not None else ""
-    if trace is not None:
-        _clear(trace)
+    template = _read_template(chat_template)
+    _clear(trace)
     with ProgressDisplay() as display:
         path = _resolve(model, display)
         engine = options.engine_config(
@@ -117,6 +118,8 @@ def command(
             packed_cache=packed_cache,
             step_lease=step_lease,
             kv_cache_dtype=kv_cache_dtype,
+            speculation=speculation,
+            max_draft_tokens=max_draft_tokens,
             trace=trace,
         )
         server = ServerConfig(
@@ -131,15 +134,20 @@ def command(
     return 0
 
 
-def _clear(trace: Path) -> None:
+def _clear(trace: Path | None) -> None:
     """Begin a trace anew. An engine that is started again continues it: what came before tells why."""
+    if trace is None:
+        return
     try:
         trace.write_bytes(b"")
     except OSError as error:
         raise InvalidRequest(f"--trace {trace}: {(error.strerror or str(error)).lower()}") from error
 
 
-def _read_template(path: Path) -> str:
+def _read_template(path: Path | None) -> str:
+    """The chat template of the file that was given; empty without one."""
+    if path is None:
+        return ""
     try:
         raw = path.read_bytes()
     except OSError as error:

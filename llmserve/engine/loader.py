@@ -7,7 +7,7 @@ from typing import cast
 
 from llmserve import checkpoints, ops
 from llmserve.checkpoints import Checkpoint
-from llmserve.config import EngineConfig, ExecutorConfig
+from llmserve.config import MAX_DRAFT_TOKENS, EngineConfig, ExecutorConfig
 from llmserve.engine.engine import Engine
 from llmserve.engine.images import image_config
 from llmserve.engine.kv_cache import PagedExecutor
@@ -21,7 +21,6 @@ from llmserve.types import EngineInfo
 
 MIN_LOGIT_ROWS = 64
 """Rows for scoring prompts even when few sequences may run."""
-MAX_DRAFT_TOKENS = 63
 
 
 def load_engine(config: EngineConfig, *, progress: Progress) -> Engine:

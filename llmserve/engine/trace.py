@@ -109,6 +109,7 @@ class StepTrace:
         self._phases: dict[str, str] = {}
         self._plan: Plan | None = None
         self._started_s = 0.0
+        self._num_accepted = 0
         self._announce("process_name", 0, f"llmserve {name}")
         self._announce("thread_name", _STEPS, "steps")
         self._announce("thread_name", _NODES, "nodes")
@@ -154,6 +155,10 @@ class StepTrace:
                 "num_seqs": self._plan.num_sequences,
                 "num_blocks": stats.num_blocks_used,
             }
+            if self._plan.verifications:
+                args["num_draft_tokens"] = self._plan.num_draft_tokens
+                args["num_accepted_tokens"] = stats.drafts.num_accepted_tokens - self._num_accepted
+                self._num_accepted = stats.drafts.num_accepted_tokens
             self._complete("step", _STEPS, self._started_s, now_s, args)
             self._plan = None
         for output in outputs:

@@ -56,7 +56,7 @@ class Choice:
 
         Raises DeadlineExceeded, and the error an output names, when it ends the sequence without an answer.
         """
-        ids = output.token_ids
+        text, ids = self._decode(output)
         self.num_tokens += len(ids)
         if output.num_cached_tokens:
             self.num_cached_tokens = output.num_cached_tokens
@@ -64,18 +64,29 @@ class Choice:
             self._prompt_logprobs = output.prompt_logprobs
         self._pending_ids.extend(ids)
         if output.logprobs is not None:
-            self._pending_logprobs.extend(output.logprobs)
-        text_ids = ids
-        if output.stop_token_id is not None and not self._options.include_stop:
-            text_ids = ids[:-1]
-        self._num_silent = len(ids) - len(text_ids)
-        text = self._detokenizer.push(text_ids) if text_ids else ""
+            self._pending_logprobs.extend(output.logprobs[: len(ids)])
         stopped = self._detokenizer.stopped
         if stopped is not None:
             return self._finish(text, "stop", stopped)
         if output.finish_reason is not None:
             return self._end(text, output)
         return self._release(text) if text else None
+
+    def _decode(self, output: Output) -> tuple[str, tuple[int, ...]]:
+        """The text that is certain now, and the tokens of the answer: none follows one that completes a stop string.
+
+        A step may yield several tokens, and the answer must not tell by how many it was grouped.
+        """
+        ids = output.token_ids
+        is_silent = output.stop_token_id is not None and not self._options.include_stop
+        self._num_silent = int(is_silent)
+        text = ""
+        for number, token_id in enumerate(ids[:-1] if is_silent else ids, 1):
+            text += self._detokenizer.push((token_id,))
+            if self._detokenizer.stopped is not None:
+                self._num_silent = 0
+                return text, ids[:number]
+        return text, ids
 
     def _end(self, text: str, output: Output) -> Delta:
         reason = output.finish_reason

@@ -1,7 +1,8 @@
 """The engine without HTTP and without a second process: prefill of one long prompt, and decode at fixed batch sizes.
 
 The counterpart of what llama-bench and llama-batched-bench measure. A decode figure counts only steps in which every
-sequence of the batch decodes and none prefills; a step's time is the engine's whole step, scheduling included.
+sequence of the batch decodes and none prefills, one token each; a step's time is the engine's whole step, scheduling
+included.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def run_offline(
 ) -> OfflineReport:
     """Load a model into this process and measure it. Raises what loading raises, `InvalidRequest`, `EngineFault`."""
     longest = max((*load.prefill_tokens, load.prompt_tokens + 4 * load.output_tokens)) + 64
-    config = EngineConfig(model_path=model, max_model_len=longest, num_threads=num_threads, exact=exact)
+    # Random prompts soon repeat themselves: drafts would say more about those than about the engine.
+    config = EngineConfig(
+        model_path=model, max_model_len=longest, num_threads=num_threads, exact=exact, speculation="off"
+    )
     engine = load_engine(config, progress=progress)
     return _Bench(engine, config, load).run()
 

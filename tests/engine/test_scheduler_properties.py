@@ -1,7 +1,8 @@
 """Random adds, aborts, deadlines, failures and block shortages: what must hold whatever happens.
 
 One terminal output per accepted request, the budgets (the fake executor asserts them in every step), the tokens that
-the prefix determines (also through cached and forked blocks), deadlines within one step, no leaked block.
+the prefix determines (also through cached and forked blocks, and behind drafts, right or wrong), deadlines within one
+step, no leaked block.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llmserve.types import Output, Request, SamplingParams
 from tests.engine.fake_executor import VOCAB_SIZE
+from tests.engine.guesses import Guess, mixed, right, speculate, wrong
 from tests.engine.test_engine import Clock, assert_nothing_held, expected_tokens, make_engine, tokens_of
 
 MAX_MODEL_LEN = 40
@@ -30,6 +32,8 @@ class EngineMachine(RuleBasedStateMachine):
         extra_rows=st.integers(0, 5),
         caches=st.booleans(),
         max_num_waiting=st.sampled_from([0, 0, 3]),
+        guess=st.sampled_from([None, right, wrong, mixed]),
+        max_draft_tokens=st.integers(1, 6),
     )
     def start(
         self,
@@ -41,6 +45,8 @@ class EngineMachine(RuleBasedStateMachine):
         extra_rows: int,
         caches: bool,
         max_num_waiting: int,
+        guess: Guess | None,
+        max_draft_tokens: int,
     ) -> None:
         self.clock = Clock()
         self.engine, self.executor = make_engine(
@@ -54,6 +60,8 @@ class EngineMachine(RuleBasedStateMachine):
             policy={"enable_prefix_cache": caches, "max_num_waiting": max_num_waiting, "ageing_s": 2.0},
         )
         self.executor.poison = {POISON}
+        if guess is not None:
+            speculate(self.engine, guess, max_draft_tokens=max_draft_tokens)
         self.accepted: dict[str, Request] = {}
         self.outputs: dict[str, list[Output]] = {}
 
@@ -137,6 +145,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert self.executor.block_pool.num_tables == len(scheduler.running)
             assert len(self.engine._sequences) == len(scheduler.running) + scheduler.num_waiting
             assert len(scheduler.waiting) == len(list(scheduler.waiting))
+            assert all(seq.num_computed_tokens < seq.num_tokens for seq in self.engine._sequences.values())
             assert sum(len(step.seq_lens) for step in self.executor.steps[-1:]) <= self.executor.config.max_num_seqs
 
     def teardown(self) -> None:

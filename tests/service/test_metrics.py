@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llmserve.errors import EngineFault
 from llmserve.metrics import REQUEST_BUCKETS_S, STEP_TOKEN_BUCKETS, TOKEN_BUCKETS_S, TTFT_BUCKETS_S, Metrics
-from llmserve.types import EngineStats, Output, Request, RequestTiming
+from llmserve.types import DraftStats, EngineStats, Output, Request, RequestTiming
 from tests.service.scripted import Server, Wait, ids_of, says
 
 GOLDEN = {
@@ -23,6 +23,10 @@ GOLDEN = {
     "vllm:num_preemptions": "counter",
     "vllm:prefix_cache_queries": "counter",
     "vllm:prefix_cache_hits": "counter",
+    "vllm:spec_decode_num_drafts": "counter",
+    "vllm:spec_decode_num_draft_tokens": "counter",
+    "vllm:spec_decode_num_accepted_tokens": "counter",
+    "vllm:spec_decode_num_accepted_tokens_per_pos": "counter",
     "vllm:request_success": "counter",
     "vllm:time_to_first_token_seconds": "histogram",
     "vllm:inter_token_latency_seconds": "histogram",
@@ -171,7 +175,9 @@ def test_a_passed_deadline_is_a_reason_of_its_own() -> None:
 
 def test_steps_of_the_engine_are_observed() -> None:
     server = Server(says("a"))
-    server.client.stats = EngineStats(num_cache_queries=96, num_cache_hits=32, num_preemptions=2)
+    server.client.stats = EngineStats(
+        num_cache_queries=96, num_cache_hits=32, num_preemptions=2, drafts=DraftStats(5, 11, 7, (4, 3))
+    )
     server.client.on_step(EngineStats(num_steps=1, last_step_tokens=8))
     server.client.on_step(EngineStats(num_steps=2, last_step_tokens=100))
 
@@ -184,6 +190,11 @@ def test_steps_of_the_engine_are_observed() -> None:
     assert found["vllm:prefix_cache_queries_total"] == 96
     assert found["vllm:prefix_cache_hits_total"] == 32
     assert found["vllm:num_preemptions_total"] == 2
+    assert found["vllm:spec_decode_num_drafts_total"] == 5
+    assert found["vllm:spec_decode_num_draft_tokens_total"] == 11
+    assert found["vllm:spec_decode_num_accepted_tokens_total"] == 7
+    per_position = "vllm:spec_decode_num_accepted_tokens_per_pos_total position="
+    assert (found[per_position + "0"], found[per_position + "1"]) == (4, 3)
 
 
 def test_two_servers_share_nothing() -> None:
