@@ -1,8 +1,8 @@
 """An engine driven step by step in this process, every output stamped with its time.
 
-What the proofs of the engine share. Invariant: a probe's engine has the model's own end-of-generation tokens switched
-off, so a stream has as many tokens as it was asked for. It does not speculate unless asked to: times between tokens are
-those of steps.
+What the proofs of the engine share. Invariants: a stream has as many tokens as it was asked for, as the model's own
+end-of-generation tokens end none unless they are given; a probe's engine does not speculate unless asked to, so that
+times between tokens are those of steps.
 """
 
 from __future__ import annotations
@@ -61,12 +61,22 @@ class Probe:
         self._streams: dict[str, Stream] = {}
         self._num_requests = 0
 
-    def submit(self, prompt: list[int], *, max_tokens: int) -> Stream:
-        """A greedy request."""
+    def submit(
+        self,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_token_ids: tuple[int, ...] = (),
+    ) -> Stream:
+        """A request; greedy, if no temperature is given."""
         self._num_requests += 1
         request_id = str(self._num_requests)
         stream = self._streams[request_id] = Stream(time.perf_counter())
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        sampling = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, seed=seed, stop_token_ids=stop_token_ids
+        )
         self.engine.submit(Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
         return stream
 

@@ -26,7 +26,9 @@ from hypothesis.stateful import (
 
 from llmserve.engine.engine import Engine
 from llmserve.engine.scheduler import SchedulerConfig
+from llmserve.engine.sequence import Sequence
 from llmserve.types import Output, Request, SamplingParams
+from tests.engine.guesses import speculate
 from tests.engine.test_determinism import Bits, Recorder, load, to_bits
 from tests.engine.test_determinism import make_engine as make_roomy_engine
 from tests.engine.test_engine import Clock
@@ -80,8 +82,9 @@ class RealEngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 8),
         extra_tokens=st.integers(0, 40),
         caches=st.booleans(),
+        guesses=st.booleans(),
     )
-    def start(self, *, num_blocks: int, max_num_seqs: int, extra_tokens: int, caches: bool) -> None:
+    def start(self, *, num_blocks: int, max_num_seqs: int, extra_tokens: int, caches: bool, guesses: bool) -> None:
         kinds()
         executor().allocate_kv(num_blocks)
         self.clock = Clock()
@@ -96,7 +99,18 @@ class RealEngineMachine(RuleBasedStateMachine):
             executor(), budgets, make_roomy_engine(executor(), VOCAB_SIZE, num_blocks=num_blocks).info, clock=self.clock
         )
         self.kind_of: dict[str, int] = {}
+        if guesses:
+            speculate(self.engine, self.guess)
         self.outputs: dict[str, list[Output]] = {}
+
+    def guess(self, seq: Sequence, num_tokens: int) -> list[int]:
+        """What the request got alone, with a mistake somewhere."""
+        first = seq.num_tokens - seq.num_prompt_tokens
+        tokens = list(kinds()[self.kind_of[seq.request_id]][2][0][first : first + num_tokens])
+        place = (seq.order + seq.num_tokens) % 6
+        if place < len(tokens):
+            tokens[place] = (tokens[place] + 1) % VOCAB_SIZE
+        return tokens
 
     @rule(
         chosen=st.lists(st.integers(0, NUM_KINDS - 1), min_size=1, max_size=6),
@@ -150,6 +164,7 @@ class RealEngineMachine(RuleBasedStateMachine):
         assert self.engine.control("check_integrity", {}) == {"num_blocks_used": 0}
         assert self.outputs.keys() == self.kind_of.keys()
         NUM_STEPS["preemptions"] += self.engine.stats().num_preemptions
+        NUM_STEPS["accepted"] += self.engine.stats().drafts.num_accepted_tokens
         NUM_STEPS["cache hits"] += self.engine.stats().num_cache_hits > 0
         for name, outputs in self.outputs.items():
             self.check(outputs, kinds()[self.kind_of[name]][2])
@@ -173,4 +188,6 @@ def test_random_lives_over_the_real_executor() -> None:
     )
     assert NUM_STEPS["steps"] >= 300, NUM_STEPS
     assert NUM_STEPS["length"] >= 20, NUM_STEPS
-    assert min(NUM_STEPS["preemptions"], NUM_STEPS["cache hits"], NUM_STEPS["abort"]) >= 1, NUM_STEPS
+    assert min(NUM_STEPS["accepted"], NUM_STEPS["preemptions"], NUM_STEPS["cache hits"], NUM_STEPS["abort"]) >= 1, (
+        NUM_STEPS
+    )

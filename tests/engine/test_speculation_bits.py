@@ -1,8 +1,8 @@
 """With and without speculation: the same bits, whoever drafts, greedy and sampled, in every arm of the batch's tests.
 
 The arms are those of `test_determinism`: together, preempted, in chunks, with cached and forked blocks; what each
-request gets alone and without drafts is what it must get. Drafts are always right, always wrong, right up to a mistake, or the
-engine's own.
+request gets alone and without drafts is what it must get. Drafts are always right, always wrong, right up to a mistake,
+or the engine's own.
 """
 
 from __future__ import annotations
