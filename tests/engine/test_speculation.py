@@ -10,10 +10,12 @@ from llmserve.config import EngineConfig
 from llmserve.engine.drafter import SuffixDrafter
 from llmserve.engine.engine import Engine
 from llmserve.engine.loader import load_engine
+from llmserve.engine.plan import Chunk, Plan, Verification
 from llmserve.engine.sequence import Sequence
 from llmserve.engine.speculation import _Candidate, _choose_lengths
 from llmserve.engine.step_time import MAX_AGE, StepTimeModel
 from llmserve.errors import InvalidRequest
+from llmserve.types import Output
 from tests.engine.fake_executor import FakeExecutor, next_token, score
 from tests.engine.guesses import Guess, mixed, right, speculate, wrong
 from tests.engine.test_engine import assert_nothing_held, expected_tokens, make_engine, make_request, run, tokens_of
@@ -144,20 +146,34 @@ def test_sequences_whose_sampling_remembers_tokens_are_not_drafted_for() -> None
 
 
 def test_a_failed_step_is_taken_apart_with_its_drafts() -> None:
-    engine, executor = speculating(right)
-    executor.poison = {9}
+    engine, executor = speculating(right, max_logit_rows=32)
     for number in range(5):
         engine.submit(make_request(str(number), [number], max_tokens=20, seed=number))
-    engine.step()
-    engine.submit(make_request("bad", [50], max_tokens=20, seed=9))
-    engine.step()
-    executor.fail_next = True
-    outputs = run(engine)
-    assert outputs["bad"][-1].finish_reason == "error" if "bad" in outputs else True
-    for number in range(5):
-        tail = tokens_of(outputs[str(number)])
-        assert tail == expected_tokens([number], 20, seed=number)[-len(tail) :]
+    outputs: dict[str, list[Output]] = {str(number): [] for number in range(5)}
+    for output in [*engine.step(), *engine.step()]:
+        outputs[output.request_id].append(output)
+    assert len(executor.steps[-1].token_ids) == 5 * 5
+    executor.poison = {3}
+    for name, more in run(engine).items():
+        outputs[name] += more
+    assert "made to fail" in (outputs["3"][-1].error or "")
+    for number in (0, 1, 2, 4):
+        assert tokens_of(outputs[str(number)]) == expected_tokens([number], 20, seed=number)
     assert_nothing_held(engine, executor)
+
+
+@pytest.mark.parametrize("counts", [(0, 2, 0), (1, 1, 0), (0, 3, 2), (2, 3, 1), (5, 1, 1), (1, 5, 0), (0, 1, 4)])
+def test_halves_have_all_of_a_plan_in_order(counts: tuple[int, int, int]) -> None:
+    names = iter(range(100))
+    sequences: list[Any] = [[next(names) for _ in range(count)] for count in counts]
+    plan = Plan(
+        sequences[0], [Chunk(seq, 1, 0, True) for seq in sequences[2]], [Verification(seq, [1]) for seq in sequences[1]]
+    )
+    first, second = plan.halves()
+    everything: list[Any] = list(range(sum(counts)))
+    assert plan.sequences() == everything
+    assert first.sequences() + second.sequences() == everything
+    assert min(first.num_sequences, second.num_sequences) == sum(counts) // 2
 
 
 def lengths_for(

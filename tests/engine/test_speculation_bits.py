@@ -193,5 +193,5 @@ def test_drafts_that_break_the_model_are_taken_back(tmp_path: Path) -> None:
     engine = determinism.make_engine(executor, VOCAB_SIZE)
     speculate(engine, lambda seq, num_tokens: [POISON] * min(2, num_tokens))
     assert answers(engine, clean) == expected
-    assert engine.stats().num_preemptions >= 30
+    assert 30 <= engine.stats().num_preemptions <= len(clean), "once for each sequence at most"
     assert engine.stats().drafts.num_drafts == 0
