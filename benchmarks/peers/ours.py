@@ -17,7 +17,7 @@ from llmserve.tools.bench_server import llmserve_command
 
 @dataclass(frozen=True, slots=True)
 class Llmserve:
-    """This installation. Its prefix cache is off, as the peers' are; the prompts would not use it."""
+    """This installation. Prefix cache and speculation are off, as they are in the peers."""
 
     setting: Setting
     name: str = OURS
@@ -27,7 +27,7 @@ class Llmserve:
         return __version__
 
     def server(self, model: Path, port: int) -> ServerCommand:
-        options = ["--threads", str(self.setting.num_threads), "--no-prefix-cache"]
+        options = ["--threads", str(self.setting.num_threads), "--no-prefix-cache", "--speculation", "off"]
         return ServerCommand(command=llmserve_command(str(model), port=port, options=options))
 
     def alone(self, model: Path) -> AbstractContextManager[Bench]:
