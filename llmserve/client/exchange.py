@@ -23,14 +23,17 @@ from llmserve.types import EngineInfo, EngineStats, Output, Request
 class RequestStream:
     """The outputs of one request, as `client.protocol.OutputStream` says."""
 
-    __slots__ = ("_abort", "_error", "_left", "_outputs", "_request_id", "_waiter", "deadline", "ended", "wanted")
+    __slots__ = (
+        "_abort", "_error", "_left", "_outputs", "_request_id", "_take", "_waiter", "deadline", "ended", "wanted"
+    )  # fmt: skip
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
         self._request_id = request_id
         self._abort = abort
         self._outputs: deque[Output] = deque()
         self._waiter: asyncio.Future[None] | None = None
-        self._error: LLMServeError | None = None
+        self._take: Callable[[Output], bool] | None = None
+        self._error: Exception | None = None
         self._left = False
         self.ended = False
         """Whether nothing more will arrive."""
@@ -43,8 +46,12 @@ class RequestStream:
         if self.ended:
             return
         self.ended = output.finish_reason is not None
-        if not self._left:
+        if self._left:
+            return
+        if self._take is None:
             self._outputs.append(output)
+            self._wake()
+        elif not self._hand_over(output, self._take) or self.ended:
             self._wake()
 
     def fail(self, error: LLMServeError) -> None:
@@ -73,12 +80,41 @@ class RequestStream:
                 raise
         return self._outputs.popleft()
 
+    async def forward(self, take: Callable[[Output], bool]) -> None:
+        """Have `take` called with each output, as `client.protocol.OutputStream` says."""
+        try:
+            while self._outputs:
+                if not self._hand_over(self._outputs.popleft(), take):
+                    break
+            if not (self.ended or self._left):
+                self._take = take
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+            if self._error is not None:
+                raise self._error
+        finally:
+            self._leave()
+
     async def aclose(self) -> None:
         """Leave; the request is aborted unless it has ended."""
+        self._leave()
+        self._error = None
+
+    def _hand_over(self, output: Output, take: Callable[[Output], bool]) -> bool:
+        """Whether `take` wants more. It must not disturb who delivers: other streams wait for their outputs."""
+        try:
+            goes_on = take(output)
+        except Exception as error:  # noqa: BLE001 - raised by `forward`
+            self._error = error
+            goes_on = False
+        if not goes_on:
+            self._leave()
+        return goes_on
+
+    def _leave(self) -> None:
         if not self._left:
             self._left = True
             self._outputs.clear()
-            self._error = None
             if not self.ended:
                 self._abort(self._request_id)
             self._wake()

@@ -25,6 +25,13 @@ class OutputStream(Protocol):
 
     async def __anext__(self) -> Output: ...
 
+    async def forward(self, take: Callable[[Output], bool]) -> None:
+        """Have `take` called with each output as it arrives, until the last, or until it returns False (an abort).
+
+        `take` runs on the loop, in the turn in which the output came: no task wakes up for it. What it raises ends
+        the request and is raised here. Cancelling aborts. For a stream that is not iterated.
+        """
+
     async def aclose(self) -> None:
         """Abort the request unless it has ended. Harmless when called again."""
 

@@ -1,19 +1,18 @@
 """Running one request: n choices of each prompt, as one stream of deltas.
 
-Invariants: every sequence that was submitted is ended, by the engine or by an abort, before `deltas` returns or raises,
-whichever way it is left; `usage` counts every generated token once, stop tokens included, and each prompt once.
+Invariants: every sequence that was submitted is ended, by the engine or by an abort, before `run` returns or raises,
+whichever way it is left; a token of the engine wakes no task on its way to `emit`; `usage` counts every generated token
+once, stop tokens included, and each prompt once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from uuid import uuid4
 
-from llmserve.client.protocol import OutputStream
 from llmserve.errors import DeadlineExceeded, EngineFault, InvalidRequest
 from llmserve.metrics import Metrics
 from llmserve.service.choice import Choice, Delta
@@ -45,19 +44,18 @@ class Usage:
 class _Run:
     """One sequence on its way: its request, its choice and the times of its tokens."""
 
-    __slots__ = ("choice", "first_s", "last_s", "request", "stream", "timing")
+    __slots__ = ("choice", "first_s", "last_s", "request", "timing")
 
     def __init__(self, choice: Choice, request: Request) -> None:
         self.choice = choice
         self.request = request
-        self.stream: OutputStream | None = None
         self.first_s = 0.0  # monotonic; 0 until the first token
         self.last_s = 0.0
         self.timing: RequestTiming | None = None  # what the engine last said of it
 
 
 class Generation:
-    """One validated request. Make it, then iterate `deltas` once."""
+    """One validated request. Make it, then `run` it, or iterate `deltas`, once."""
 
     def __init__(
         self,
@@ -135,75 +133,64 @@ class Generation:
             cached_tokens=sum(choice.num_cached_tokens for choice in choices[:: self._num_choices_each]),
         )
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The deltas of all choices, each choice's in order. Close it (`contextlib.aclosing`) to abort.
+    async def run(self, emit: Callable[[Delta], None]) -> None:
+        """Generate to the end; `emit` gets the deltas of all choices, each choice's in order. Cancel to abort.
 
-        Raises what the engine's streams raise, and EngineFault or DeadlineExceeded when a sequence ends without an
-        answer.
+        `emit` is called in the turn of the loop in which the engine's message came. Raises what it and the engine's
+        streams raise, and EngineFault or DeadlineExceeded when a sequence ends without an answer.
         """
-        metrics = self._model.metrics
         failure = "abort"
         try:
-            events = self._one(self._runs[0]) if len(self._runs) == 1 else self._merged()
-            async with contextlib.aclosing(events):
-                async for run, output in events:
-                    self._note_time(run, output, metrics)
-                    delta = run.choice.push(output)
-                    if delta is None:
-                        continue
-                    if delta.finish_reason is not None:
-                        self._note_end(run, delta.finish_reason, metrics)
-                    yield delta
+            if len(self._runs) == 1:
+                await self._run(self._runs[0], emit)
+            else:
+                await self._run_all(emit)
         except Exception as error:
             failure = "deadline" if isinstance(error, DeadlineExceeded) else "error"
             raise
         finally:
             for run in self._runs:
                 if not run.choice.finished:
-                    metrics.finished[failure] += 1
+                    self._model.metrics.finished[failure] += 1
 
-    async def _one(self, run: _Run) -> AsyncGenerator[tuple[_Run, Output], None]:
-        async with contextlib.aclosing(self._model.client.submit(run.request)) as stream:
-            async for output in stream:
-                yield run, output
-                if run.choice.finished:
-                    return  # a stop string: leaving aborts the sequence
-        if not run.choice.finished:
-            raise EngineFault("the engine ended the stream without a finish reason")
-
-    async def _merged(self) -> AsyncGenerator[tuple[_Run, Output], None]:
-        queue: asyncio.Queue[tuple[_Run, Output] | Exception] = asyncio.Queue()
-        tasks = {id(run): asyncio.create_task(self._pump(run, queue)) for run in self._runs}
-        num_open = len(tasks)
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """What `run` emits, for whoever wants to pull. Close it (`contextlib.aclosing`) to abort."""
+        queue: asyncio.Queue[Delta | None] = asyncio.Queue()
+        task = asyncio.create_task(self.run(queue.put_nowait))
+        task.add_done_callback(lambda _: queue.put_nowait(None))
         try:
-            while num_open:
-                event = await queue.get()
-                if isinstance(event, Exception):
-                    raise event
-                run = event[0]
-                if _finished(run):
-                    continue  # what was under way when a stop string ended it
-                yield event
-                if _finished(run):
-                    num_open -= 1
-                    tasks[id(run)].cancel()
+            while (delta := await queue.get()) is not None:
+                yield delta
+            await task
         finally:
-            for task in tasks.values():
-                task.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
-    async def _pump(self, run: _Run, queue: asyncio.Queue[tuple[_Run, Output] | Exception]) -> None:
-        ended = False
+    async def _run_all(self, emit: Callable[[Delta], None]) -> None:
+        """All sequences at once; the first that fails ends the others."""
+        tasks = [asyncio.create_task(self._run(run, emit)) for run in self._runs]
         try:
-            async with contextlib.aclosing(self._model.client.submit(run.request)) as stream:
-                async for output in stream:
-                    ended = output.finish_reason is not None
-                    queue.put_nowait((run, output))
-        except Exception as error:  # noqa: BLE001 - raised again by the reader of the queue
-            queue.put_nowait(error)
-            return
-        if not ended:
-            queue.put_nowait(EngineFault("the engine ended the stream without a finish reason"))
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, run: _Run, emit: Callable[[Delta], None]) -> None:
+        metrics, choice = self._model.metrics, run.choice
+
+        def take(output: Output) -> bool:
+            self._note_time(run, output, metrics)
+            delta = choice.push(output)
+            if delta is not None:
+                if delta.finish_reason is not None:
+                    self._note_end(run, delta.finish_reason, metrics)
+                emit(delta)
+            return not choice.finished  # a stop string: leaving aborts the sequence
+
+        await self._model.client.submit(run.request).forward(take)
+        if not choice.finished:
+            raise EngineFault("the engine ended the stream without a finish reason")
 
     def _note_time(self, run: _Run, output: Output, metrics: Metrics) -> None:
         now = time.monotonic()
@@ -228,10 +215,6 @@ class Generation:
             metrics.note_timing(run.timing, run.timing.end_s or run.last_s)
         if num_tokens > 1:
             metrics.time_per_output_token.observe((run.last_s - run.first_s) / (num_tokens - 1))
-
-
-def _finished(run: _Run) -> bool:
-    return run.choice.finished
 
 
 def _check_tokens(token_ids: list[int], vocab_size: int) -> None:

@@ -150,6 +150,12 @@ class ScriptedStream:
         self._ended = item.finish_reason is not None
         return item
 
+    async def forward(self, take: Callable[[Output], bool]) -> None:
+        async with contextlib.aclosing(self):
+            async for output in self:
+                if not take(output):
+                    return
+
     async def aclose(self) -> None:
         if not self._ended:
             self._ended = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from llmserve.config import ServerConfig
 from llmserve.errors import ClientDisconnected, InvalidRequest
 from llmserve.server.http.body import decode_body, read_body
+from llmserve.server.http.connection import WRITE_NOW, WriteNow
 from llmserve.server.http.context import Exchange, exchange_of
 from llmserve.server.http.responses import PromptTokensDetails, UsageBody
 from llmserve.server.http.schemas import GenerationBody
@@ -74,11 +75,12 @@ class GenerationEndpoint(Generic[BodyT]):
         exchange.generation = True
         raw = await read_body(scope, receive, max_bytes=self._config.max_body_bytes)
         body = self._read(raw, exchange)
+        write_now = scope.get("extensions", {}).get(WRITE_NOW)
         with self._model.in_flight.track() as ticket:
             async with _watched(receive, ticket):
                 reply = await self._dialect(body, self._model, exchange)
                 try:
-                    await self._answer(reply, body, exchange, send=send, ticket=ticket)
+                    await self._answer(reply, body, exchange, send=send, write_now=write_now, ticket=ticket)
                 finally:
                     _note(exchange, reply.generation)
 
@@ -96,32 +98,43 @@ class GenerationEndpoint(Generic[BodyT]):
         self._model.check_accepting()
         return body
 
-    async def _answer(self, reply: Reply, body: BodyT, exchange: Exchange, *, send: Send, ticket: Ticket) -> None:
+    async def _answer(
+        self, reply: Reply, body: BodyT, exchange: Exchange, *, send: Send, write_now: WriteNow | None, ticket: Ticket
+    ) -> None:
         if body.stream:
-            stream = EventStream(send, keep_alive_s=self._config.keep_alive_comment_s, request_id=exchange.request_id)
-            await stream.run(_events(reply, body, exchange), ticket)
+            stream = EventStream(
+                send,
+                keep_alive_s=self._config.keep_alive_comment_s,
+                request_id=exchange.request_id,
+                write_now=write_now,
+            )
+            await stream.run(_produce(reply, body, exchange, stream.write), ticket)
             return
-        async with contextlib.aclosing(reply.generation.deltas()) as stream_of_deltas:
-            deltas = [delta async for delta in stream_of_deltas]
+        deltas: list[Delta] = []
+        await reply.generation.run(deltas.append)
         exchange.finish_reasons = tuple(delta.finish_reason for delta in deltas if delta.finish_reason)
         await send_json(send, reply.answer(deltas, usage_body(reply.generation.usage)))
 
 
-async def _events(reply: Reply, body: GenerationBody, exchange: Exchange) -> AsyncGenerator[bytes, None]:
+async def _produce(reply: Reply, body: GenerationBody, exchange: Exchange, write: Callable[[bytes], None]) -> None:
+    """Write all events of an answer but its end mark."""
     options = body.stream_options
     continuous = bool(options and options.continuous_usage_stats)
     generation = reply.generation
     opening = reply.opening()
-    async with contextlib.aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            if delta.finish_reason is not None:
-                exchange.finish_reasons += (delta.finish_reason,)
-            event = reply.event(delta, usage_body(generation.usage) if continuous else None)
-            if opening:
-                event, opening = opening + event, b""
-            yield event
+
+    def emit(delta: Delta) -> None:
+        nonlocal opening
+        if delta.finish_reason is not None:
+            exchange.finish_reasons += (delta.finish_reason,)
+        event = reply.event(delta, usage_body(generation.usage) if continuous else None)
+        if opening:
+            event, opening = opening + event, b""
+        write(event)
+
+    await generation.run(emit)
     if options and options.include_usage:
-        yield reply.usage_event(usage_body(generation.usage))
+        write(reply.usage_event(usage_body(generation.usage)))
 
 
 @contextlib.asynccontextmanager

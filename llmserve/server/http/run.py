@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 
 from llmserve.config import ServerConfig
 from llmserve.errors import NotReady
+from llmserve.server.http.connection import Connection
 from llmserve.service.model import ServedModel
 
 logger = logging.getLogger("llmserve.http")
@@ -83,7 +84,7 @@ def _uvicorn_config(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,
