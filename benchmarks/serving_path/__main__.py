@@ -84,7 +84,7 @@ def main() -> int:
         for tree in trees if number % 2 == 0 else trees[::-1]:
             levels += _serve(tree, model, load, streams, number)
     loop = measure(model, MAX_OTHER_SHARES, num_steps=args.steps) if args.steps else []
-    save_json(args.json, ServingPath(host=describe_host(), load=load, levels=levels, engine_loop=loop))
+    save_json(ServingPath(host=describe_host(), load=load, levels=levels, engine_loop=loop), args.json)
     missed = _report(levels, loop)
     return 1 if missed else 0
 

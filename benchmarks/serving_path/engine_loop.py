@@ -87,9 +87,9 @@ def _measure(engine: Engine, num_sequences: int, max_share: float, *, num_steps:
             for sock, suffix in ((inbox, ".in"), (outbox, ".out")):
                 sock.set_hwm(0)
                 sock.bind(f"ipc://{endpoint.with_suffix(suffix)}")
+            link = Link(endpoint)
             for number in range(num_sequences):
                 inbox.send(wire.encode(wire.Submit(_request(number, num_steps + 2 * num_sequences))))
-            link = Link(endpoint)
             drive(watched, _until_done(link, watched), link.send, on_idle=lambda: None)
             outbox.close(linger=0)
             inbox.close(linger=0)

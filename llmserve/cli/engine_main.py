@@ -64,11 +64,8 @@ class Link:
         if wait and not self._terminated:
             self._poller.poll()
         messages: list[wire.ToEngine] = []
-        while True:
-            try:
-                messages.append(wire.decode_to_engine(self._inbox.recv(zmq.NOBLOCK)))
-            except zmq.Again:
-                break
+        while wire.has_message(self._inbox):
+            messages.append(wire.decode_to_engine(self._inbox.recv()))
         if self._terminated:
             messages.append(wire.Shutdown())
         return messages

@@ -128,12 +128,8 @@ class EngineChild:
 
     def _drain(self) -> None:
         """Read all that has arrived: the socket's descriptor reports changes, not what is left unread."""
-        while True:
-            try:
-                frame = self._inbox.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_message(wire.decode_from_engine(frame))
+        while wire.has_message(self._inbox):
+            self._on_message(wire.decode_from_engine(self._inbox.recv()))
 
 
 def _bind(context: zmq.Context[zmq.Socket[bytes]], kind: int, path: Path) -> zmq.Socket[bytes]:

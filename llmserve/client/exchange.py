@@ -50,9 +50,9 @@ class RequestStream:
             return
         if self._take is None:
             self._outputs.append(output)
-            self._wake()
-        elif not self._hand_over(output, self._take) or self.ended:
-            self._wake()
+        elif self._hand_over(output, self._take) and not self.ended:
+            return
+        self._wake()
 
     def fail(self, error: LLMServeError) -> None:
         """End the stream with an error, after the outputs that have arrived."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import zmq
 
 from llmserve import errors
 from llmserve.config import EngineConfig
@@ -84,6 +85,12 @@ FromEngine = Progress | Ready | StepMessage | ControlReply | Failed
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+def has_message(inbox: zmq.Socket[bytes]) -> bool:
+    """Whether `recv` would return at once. Cheaper than the exception of one call too many: it is asked every step."""
+    events = inbox.getsockopt(zmq.EVENTS)
+    return isinstance(events, int) and bool(events & zmq.POLLIN)
 
 
 def error_kind(error: Exception) -> str:

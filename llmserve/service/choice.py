@@ -43,6 +43,7 @@ class Choice:
         self.num_cached_tokens = 0
         self.finished = False
         self._options = options
+        self._has_entries = options.num_logprobs is not None or options.num_prompt_logprobs is not None
         self._detokenizer = Detokenizer(
             tokenizer, stop=options.stop, include_stop=options.include_stop, skip_special=options.skip_special
         )
@@ -60,15 +61,13 @@ class Choice:
         self.num_tokens += len(ids)
         if output.num_cached_tokens:
             self.num_cached_tokens = output.num_cached_tokens
-        if output.prompt_logprobs is not None:
-            self._prompt_logprobs = output.prompt_logprobs
-        self._pending_ids.extend(ids)
-        if output.logprobs is not None:
-            self._pending_logprobs.extend(output.logprobs[: len(ids)])
-        stopped = self._detokenizer.stopped
+        stopped, reason = self._detokenizer.stopped, output.finish_reason
+        if text and stopped is None and reason is None and not self._holds_back():
+            return Delta(self.index, text, list(ids))  # nearly every token of nearly every answer
+        self._keep(output, ids)
         if stopped is not None:
             return self._finish(text, "stop", stopped)
-        if output.finish_reason is not None:
+        if reason is not None:
             return self._end(text, output)
         return self._release(text) if text else None
 
@@ -87,6 +86,18 @@ class Choice:
                 self._num_silent = 0
                 return text, ids[:number]
         return text, ids
+
+    def _holds_back(self) -> bool:
+        """Whether something travels, or waits, beside the text of the tokens just pushed."""
+        return bool(self._has_entries or self._pending_ids or self._detokenizer.pending_tokens)
+
+    def _keep(self, output: Output, ids: tuple[int, ...]) -> None:
+        """Hold back what an output brought until its text is out."""
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
+        self._pending_ids.extend(ids)
+        if output.logprobs is not None:
+            self._pending_logprobs.extend(output.logprobs[: len(ids)])
 
     def _end(self, text: str, output: Output) -> Delta:
         reason = output.finish_reason

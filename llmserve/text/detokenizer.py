@@ -26,6 +26,7 @@ class Detokenizer:
         self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), include_stop: bool = False, skip_special: bool = True
     ) -> None:
         self._token_bytes = tokenizer.token_bytes
+        self._token_text = tokenizer.token_text
         self._skipped: frozenset[int] = tokenizer.control_ids if skip_special else frozenset()
         self._stops = tuple(text for text in stop if text)
         self._include_stop = include_stop
@@ -47,6 +48,12 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Takes the next tokens, returns the text that is now certain (possibly empty)."""
+        if len(token_ids) == 1 and not self._stops and not self._ends:  # nothing is held, nothing can stop
+            token_id = token_ids[0]
+            text = "" if token_id in self._skipped else self._token_text(token_id)
+            if text is not None:
+                self._num_decoded += len(text)
+                return text
         if self.stopped is not None:
             self._ends.extend([self._num_decoded + 1] * len(token_ids))
             return ""

@@ -33,6 +33,7 @@ class Tokenizer:
         self._added_bytes = {i: token.content.encode() for i, token in encoders.added.items()}
         self._added_ids = {token.content: i for i, token in encoders.added.items()}
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
         control = {i: token.content for i, token in encoders.added.items() if token.special}
         self.control_ids: frozenset[int] = frozenset(control)
         self.control_tokens: tuple[str, ...] = tuple(control.values())
@@ -75,6 +76,19 @@ class Tokenizer:
         if found is None:
             found = self._bytes[token_id] = self._compute_bytes(token_id)
         return found
+
+    def token_text(self, token_id: int) -> str | None:
+        """`token_bytes` as text; None where they are not UTF-8 by themselves."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            data = self.token_bytes(token_id)
+        try:
+            text: str | None = data.decode()
+        except UnicodeDecodeError:
+            text = None
+        self._texts[token_id] = text
+        return text
 
     def token_id(self, text: str) -> int | None:
         """Id of a control or user-defined token by its text."""

@@ -26,8 +26,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Offer the extension to the request that begins; its application runs in a later turn of the loop."""
         super().on_headers_complete()
-        if self.cycle is not None and self.cycle.scope is self.scope:
-            self.scope["extensions"] = {WRITE_NOW: partial(_write_now, self.cycle)}
+        if self.scope is self.cycle.scope:
+            self.scope["extensions"] = {WRITE_NOW: partial(_write_now, self.cycle)}  # type: ignore[dict-item]
 
 
 def _write_now(cycle: RequestResponseCycle, body: bytes) -> bool:

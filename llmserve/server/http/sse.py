@@ -45,12 +45,13 @@ class EventStream:
         self._started = False
         self._ended = False
         self._loop = asyncio.get_running_loop()
-        self._last_write_s = self._loop.time()
+        self._time = self._loop.time
+        self._last_write_s = self._time()
         self._timer = self._loop.call_later(keep_alive_s, self._on_timer)
 
     def write(self, event: bytes) -> None:
         """Send an event, now or as soon as the client takes it. Only while `run` runs."""
-        self._last_write_s = self._loop.time()
+        self._last_write_s = self._time()
         if self._sender is None:
             if self._started and self._write_now is not None and self._write_now(event):
                 return
@@ -106,7 +107,7 @@ class EventStream:
             self._sender = None
 
     def _on_timer(self) -> None:
-        quiet_s = self._loop.time() - self._last_write_s
+        quiet_s = self._time() - self._last_write_s
         if quiet_s >= self._keep_alive_s and not self._ended:
             self.write(_COMMENT)
             quiet_s = 0.0
