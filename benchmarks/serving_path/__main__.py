@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving_path [--against TREE] [--streams 1,8,32,128] [--rounds 3]
 
-`--against` names another working tree with a `.venv` of its own: its server is measured in alternation with this
-one's, so that what the machine does meanwhile hits both. The load generator runs on the same cores. Frontend time is
-all of its threads' time while the level ran, its share of reading requests included, per output token; `sleeps` is
-how often its main thread went to sleep, per engine step at the least one.
+`--against` names another tree with its extension built in place: its server is measured in alternation with this one's
+by the same interpreter and libraries, so that what the machine does meanwhile hits both. The load generator runs on the
+same cores. Frontend time is all of its threads' time while the level ran, its share of reading requests included, per
+output token; `sleeps` is how often its main thread went to sleep, per output token.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.serving_path.processes import engine_pid, use_of
 from llmserve.checkpoints import pull
 from llmserve.tools.bench_host import Host, describe_host
 from llmserve.tools.bench_load import Load, prepare, run_level
-from llmserve.tools.bench_meter import OthersMeter
-from llmserve.tools.bench_server import RunningServer, free_port, running_server
+from llmserve.tools.bench_meter import OthersMeter, wait_until_quiet
+from llmserve.tools.bench_server import RunningServer, free_port, llmserve_command, running_server
 from llmserve.tools.bench_stats import LevelReport
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
@@ -35,6 +35,9 @@ MAX_FRONTEND_US: Final = 30.0
 """Per streamed token, at 32 streams."""
 MAX_OTHER_SHARES: Final = {1: 0.06, 32: 0.04}
 """Of an engine step, outside the compiled program, by batch size."""
+_QUIET_CORES: Final = 0.1
+_QUIET_WAIT_S: Final = 20.0
+"""For other processes to leave the cores before a level; it is measured all the same, and `others_cores` tells."""
 
 
 class Level(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +66,7 @@ class ServingPath(msgspec.Struct, frozen=True, kw_only=True):
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.serving_path", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--against", type=Path, default=None, metavar="TREE", help="another working tree, built")
+    parser.add_argument("--against", type=Path, default=None, metavar="TREE", help="another tree, built")
     parser.add_argument("--streams", default="1,8,32,128")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--output-tokens", type=int, default=64)
@@ -91,9 +94,9 @@ def main() -> int:
 
 def _serve(tree: Path, model: Path, load: Load, streams: list[int], number: int) -> list[Level]:
     port = free_port()
-    command = [str(tree / ".venv/bin/llmserve"), "serve", str(model), "--port", str(port), "--log-level", "warning"]
-    # The working directory must not stand before the tree's own packages.
-    with running_server(command, port=port, env=os.environ | {"PYTHONSAFEPATH": "1"}) as server:
+    # The working directory must not stand before the tree.
+    env = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(tree)}
+    with running_server(llmserve_command(str(model), port=port), port=port, env=env) as server:
         return asyncio.run(_run_levels(server, tree.name, load, streams, number))
 
 
@@ -102,6 +105,7 @@ async def _run_levels(server: RunningServer, tree: str, load: Load, streams: lis
     pids = (server.pid, engine_pid(server.pid))
     levels = []
     for num_streams in streams:
+        wait_until_quiet(max_cores=_QUIET_CORES, timeout_s=_QUIET_WAIT_S, sample_s=0.5)
         meter, before = OthersMeter(), [use_of(pid) for pid in pids]
         report = await run_level(server.endpoint, load, num_streams)
         frontend, engine = (use_of(pid).since(then) for pid, then in zip(pids, before, strict=True))

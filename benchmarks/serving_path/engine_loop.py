@@ -73,7 +73,7 @@ class _Watched:
 
 def measure(model: Path, max_shares: dict[int, float], *, num_steps: int) -> list[LoopShare]:
     """One measurement for each batch size in `max_shares`."""
-    config = EngineConfig(model_path=model, max_model_len=2048)
+    config = EngineConfig(model_path=model, max_model_len=2048, itl_target_ms=0.0)
     engine = load_engine(config, progress=lambda phase, done, total: None)
     return [_measure(engine, size, share, num_steps=num_steps) for size, share in max_shares.items()]
 

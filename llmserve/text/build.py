@@ -7,6 +7,7 @@ same id.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -36,6 +37,8 @@ class Encoders:
 
 def build_encoders(assets: TextAssets) -> Encoders:
     """Raises CheckpointError when the vocabulary is inconsistent or of a kind that is not supported."""
+    # One text at a time: the library's thread pool would add threads to busy cores, and nothing else.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if assets.tokenizer_json is not None:
         return _from_json(assets)
     if assets.vocab_model != "gpt2":

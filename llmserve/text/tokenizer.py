@@ -102,8 +102,10 @@ class Tokenizer:
 
     @staticmethod
     def _ids(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
+        # `encode` keeps the interpreter's lock, so that on a thread it would hold up the event loop all the same; this
+        # one lets go of it, and is a quarter faster because it works out no offsets.
         try:
-            return encoder.encode(text, add_special_tokens=False).ids
+            return encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest("text is not valid Unicode: it holds a lone surrogate") from error
 
