@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 
+from llmserve.client.exchange import Exchange
 from llmserve.client.inproc import InprocClient
 from llmserve.client.process import ProcessClient, restart_delay_s
 from llmserve.client.protocol import EngineClient
+from llmserve.client.wire import ControlReply, StepMessage
 from llmserve.config import EngineConfig
 from llmserve.errors import EngineDied, InvalidRequest, LLMServeError, ModelNotFound, NotReady
 from llmserve.types import EngineInfo, Request, SamplingParams
@@ -100,6 +102,26 @@ def test_requests_together_equal_requests_alone(make_client: Callable[[], Engine
         assert client.stats.num_generation_tokens == 9 * 20
 
     serve(make_client, use)
+
+
+def test_a_step_is_one_message(cpu_config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[StepMessage] = []
+    receive = Exchange.receive
+
+    def spy(exchange: Exchange, message: StepMessage | ControlReply) -> None:
+        if isinstance(message, StepMessage):
+            messages.append(message)
+        receive(exchange, message)
+
+    monkeypatch.setattr(Exchange, "receive", spy)
+
+    async def use(client: EngineClient) -> None:
+        await asyncio.gather(*[complete(client, str(i), 40) for i in range(8)])
+        assert len(messages) == client.stats.num_steps
+        assert sum(len(message.outputs) for message in messages) == 8 * 40
+        assert max(len(message.outputs) for message in messages) == 8
+
+    serve(lambda: ProcessClient(cpu_config), use)
 
 
 def test_compiled_executor_serves_and_counts_its_progress(cpu_config: EngineConfig) -> None:
