@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import socket
 import time
 from enum import StrEnum
@@ -204,6 +205,8 @@ async def _serve(engine: EngineConfig, server: ServerConfig, display: ProgressDi
 
         def on_ready() -> None:
             display.close()
+            gc.collect()
+            gc.freeze()  # what has been loaded stays: to walk through it took every stream several ms, now and then
             _announce(urls[0], model.name, model.info, time.monotonic() - started_s)
 
         app = create_app(model, server)
