@@ -126,6 +126,7 @@ void Program::run_small(size_t first, size_t end, const Worker& self) {
     node_seconds_[i] += now - before;
     small_seconds_ += now - before;
     before = now;
+    if (leaves(i, progress_.get())) return;
   }
 }
 
