@@ -70,7 +70,9 @@ class BatchBuilder:
 
     def build(self, plan: Plan) -> StepInput:
         """The arrays of one step: decodes first, then verifications, then chunks."""
-        parts = [self._build_decodes(plan.decodes)] if plan.decodes else []
+        # Also where none decodes: a sequence may come back with another block table before the next step that has one.
+        decodes = self._build_decodes(plan.decodes)
+        parts = [decodes] if plan.decodes else []
         parts += [_build_verification(part) for part in plan.verifications]
         if len(parts) == 1 and not plan.chunks:
             return parts[0]

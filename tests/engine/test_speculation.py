@@ -254,3 +254,14 @@ def test_repeated_text_is_drafted_for_by_the_engine_itself() -> None:
     assert tokens_of(outputs) == expected_tokens(prompt, 10)
     assert executor.steps[1].token_ids.tolist() == [5, 30, 31, 32]
     assert_nothing_held(engine, executor)
+
+
+def test_a_sequence_that_decodes_again_alone_has_its_new_blocks() -> None:
+    """Nothing else decoded between its preemption and its next decode: arrays of the last decode must not be used."""
+    engine, executor = speculating(None)
+    engine.submit(make_request("a", [5, 6], max_tokens=8))
+    outputs = [*engine.step(), *engine.step(), *engine.step()]
+    engine._scheduler.preempt(engine._sequences["a"])
+    outputs += run(engine)["a"]
+    assert tokens_of(outputs) == expected_tokens([5, 6], 8)
+    assert_nothing_held(engine, executor)
