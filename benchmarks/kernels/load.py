@@ -125,7 +125,10 @@ def load_once(model: Path, what: str, *, keep: bool) -> Load:
     def on_progress(phase: str, done: int, total: int) -> None:
         weights_at[0] = time.perf_counter()
 
-    config = EngineConfig(model_path=model, max_model_len=512, packed_cache_bytes=None if keep else 0)
+    # Random weights repeat themselves: drafts would be accepted, and a step would be many tokens.
+    config = EngineConfig(
+        model_path=model, max_model_len=512, packed_cache_bytes=None if keep else 0, speculation="off"
+    )
     with Memory() as memory:
         started = time.perf_counter()
         engine = load_engine(config, progress=on_progress)
