@@ -20,13 +20,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from benchmarks.kernels.big_gguf import LAYERS, write_7b
 from benchmarks.peers.results import RESULTS, save_json
+from benchmarks.random_gguf import LLAMA_2_7B, write_random
 from llmserve.config import EngineConfig
 from llmserve.engine.loader import load_engine
 from llmserve.tools.bench_host import Host, describe_host
@@ -209,7 +210,9 @@ def misses(load: Load) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer make a smaller model (default: 32)")
+    parser.add_argument(
+        "--layers", type=int, default=LLAMA_2_7B.layers, help="fewer make a smaller model (default: 32)"
+    )
     parser.add_argument("--scratch", type=Path, help="folder for model and image (default: the temporary folder)")
     parser.add_argument("--model", type=Path, help="a file that an earlier run wrote with --write")
     parser.add_argument("--write", type=Path, help="only write the file of weights, to this path")
@@ -221,15 +224,16 @@ def main() -> int:
         load = load_once(arguments.model, arguments.once, keep=not arguments.no_keep)
         print(msgspec.json.encode(load).decode())
         return 0
+    shape = replace(LLAMA_2_7B, layers=arguments.layers)
     if arguments.write is not None:
-        write_7b(arguments.write, layers=arguments.layers)
+        write_random(arguments.write, shape)
         return 0
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
         folder = Path(name) / "model"
         folder.mkdir()
         model = folder / "random-7b-q4_0.gguf"
         if arguments.model is None:
-            write_7b(model, layers=arguments.layers)
+            write_random(model, shape)
         else:
             model.hardlink_to(arguments.model)
         forget_pages(folder)  # on disk before anything is timed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ from benchmarks.peers.peer import LEVELS, Peer, Setting
 from benchmarks.peers.quiet import Quiet
 from benchmarks.peers.report import plot, speed_table
 from benchmarks.peers.results import RESULTS, Comparison, Engine, ModelFile, save_json
-from benchmarks.peers.rounds import run_rounds
+from benchmarks.peers.rounds import PARTS, run_rounds
 from benchmarks.peers.vllm_cpu import VllmCpu
 from llmserve.checkpoints import pull
 from llmserve.errors import LLMServeError
@@ -49,13 +50,17 @@ def choose(peers: list[str], setting: Setting, args: argparse.Namespace) -> list
     return [*engines, Llmserve(setting)]
 
 
-def peer_names(text: str) -> list[str]:
-    """`llama.cpp,openvino` → names."""
-    names = list(dict.fromkeys(text.split(",")))
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)!r}: choose among {', '.join(PEERS)}")
-    return names
+def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """A parser of names with commas: `llama.cpp,openvino`."""
+
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)!r}: choose among {', '.join(known)}")
+        return names
+
+    return parse
 
 
 def describe(engine: Peer, model: Path) -> Engine:
@@ -72,12 +77,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--peers", type=peer_names, default="llama.cpp,openvino", help=f"of {', '.join(PEERS)} (llama.cpp,openvino)")
+    add(
+        "--peers",
+        type=names_of(PEERS),
+        default="llama.cpp,openvino",
+        help=f"of {', '.join(PEERS)} (llama.cpp,openvino)",
+    )
     add("--binaries", type=Path, help="folder of llama.cpp with " + ", ".join(TOOLS))
     add("--ik-binaries", type=Path, help="the same of ik_llama.cpp")
     add("--vllm-weights", type=Path, help="folder that vLLM loads (default: the file's weights in BF16)")
     add("--model", default="smollm2", help="path or name of a GGUF file (smollm2)")
     add("--files", default="", help="more files of the same network, with commas: each peer's best type is told too")
+    add("--parts", type=names_of(PARTS), default=PARTS, help="http, alone (both): over HTTP, the engine without it")
     add("--levels", type=positive(int), default=LEVELS, metavar="N,N,…", help="streams and batch sizes (1,8,32)")
     add("--prompt-tokens", type=int, default=128, help="but for prefill without HTTP, which is of 512 (128)")
     add("--output-tokens", type=int, default=64, help="length of the answers (64)")
@@ -99,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     engines = choose(args.peers, setting, args)
     host = describe_host()
     try:
-        served, alone = run_rounds(setting, engines, files, args.rounds)
+        served, alone = run_rounds(setting, engines, files, args.rounds, args.parts)
     except LLMServeError as error:
         print(f"nothing is written: {error}", file=sys.stderr)
         return 1
@@ -118,7 +129,11 @@ def main(arguments: list[str] | None = None) -> int:
     save_json(result, args.out)
     args.out.with_suffix(".svg").write_text(plot(result), encoding="utf-8")
     print(f"\n{speed_table(result, full=True)}\nwritten: {args.out}, {args.out.with_suffix('.svg')}")
-    return 0
+    measured = {one.engine for one in served} | {one.engine for one in alone}
+    unmeasured = [one.name for one in engines if one.name not in measured]
+    for name in unmeasured:
+        print(f"{name} was never measured: see above why", file=sys.stderr)
+    return 1 if unmeasured else 0
 
 
 if __name__ == "__main__":

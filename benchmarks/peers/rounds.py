@@ -4,33 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+import subprocess
+import sys
+from collections.abc import Collection, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import uvloop
 
 from benchmarks.peers.peer import PREFILL_TOKENS, Peer, Setting
-from benchmarks.peers.results import Alone, Served
+from benchmarks.peers.results import OURS, Alone, Served
+from llmserve.errors import LLMServeError
 from llmserve.tools.bench_load import prepare, run_level
 from llmserve.tools.bench_server import free_port, running_server
 from llmserve.tools.bench_stats import LevelReport
 
+HTTP: Final = "http"
+ALONE: Final = "alone"
+PARTS: Final = (HTTP, ALONE)
+"""Over HTTP, and the engine without it."""
 _T = TypeVar("_T")
 
 
 def run_rounds(
-    setting: Setting, engines: Sequence[Peer], files: Sequence[Path], num_rounds: int
+    setting: Setting,
+    engines: Sequence[Peer],
+    files: Sequence[Path],
+    num_rounds: int,
+    parts: Collection[str] = PARTS,
 ) -> tuple[list[Served], list[Alone]]:
-    """All measurements, over HTTP and without."""
+    """All measurements of the parts. A peer that fails loses that turn, which is told; if llmserve fails, it raises."""
     served: list[Served] = []
     alone: list[Alone] = []
     for number in range(1, num_rounds + 1):
         for model in files:
             for engine in order(engines, number):
-                served += serve_round(setting, engine, model, number)
-                alone += alone_round(setting, engine, model, number)
+                try:
+                    if HTTP in parts:
+                        served += serve_round(setting, engine, model, number)
+                    if ALONE in parts:
+                        alone += alone_round(setting, engine, model, number)
+                except (LLMServeError, subprocess.CalledProcessError) as error:
+                    if engine.name == OURS:
+                        raise
+                    print(f"round {number} {engine.name} failed with {model.name}: {error}", file=sys.stderr)
     return served, alone
 
 

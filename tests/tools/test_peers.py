@@ -15,14 +15,14 @@ import pytest
 
 from benchmarks.line_worker import LineWorker
 from benchmarks.peers import llama_cpp, openvino
-from benchmarks.peers.__main__ import PEERS, peer_names
+from benchmarks.peers.__main__ import PEERS, names_of
 from benchmarks.peers.environment import python_of, said
 from benchmarks.peers.openvino import OpenVino
 from benchmarks.peers.peer import Bench, ServerCommand, Setting
 from benchmarks.peers.quiet import Quiet
 from benchmarks.peers.report import Row, best_type_table, plot, rows_of, shortfall, speed_table
 from benchmarks.peers.results import OURS, RESULTS, Alone, Comparison, Engine, ModelFile, Served, load_comparison
-from benchmarks.peers.rounds import order, run_rounds
+from benchmarks.peers.rounds import ALONE, HTTP, order, run_rounds
 from benchmarks.peers.vllm_cpu import is_needed
 from llmserve.errors import EngineFault
 from llmserve.tools.bench_host import describe_host
@@ -203,6 +203,31 @@ def test_engines_alternate_and_only_one_is_open() -> None:
     assert order(engines, 3) == engines
 
 
+@dataclass
+class Failing(Spoken):
+    """It fails at one file."""
+
+    file: str = FIRST
+
+    @contextlib.contextmanager
+    def _alone(self, model: Path) -> Iterator[Bench]:
+        if model.name == self.file:
+            raise EngineFault(f"{self.name} ended")
+        yield self
+
+
+def test_a_peer_that_fails_loses_its_turn_and_no_other_does(capsys: pytest.CaptureFixture[str]) -> None:
+    setting = Setting(num_threads=1, quiet=Quiet(max_cores=1e9, timeout_s=0.0, sample_s=0.01), levels=(2,))
+    engines = [Failing("p", []), Spoken("q", []), Spoken(OURS, [])]
+    _, found = run_rounds(setting, engines, [Path(FIRST), Path(OTHER)], 1, (ALONE,))
+    turns = {(one.engine, one.file) for one in found}
+    assert turns == {("p", OTHER), ("q", FIRST), ("q", OTHER), (OURS, FIRST), (OURS, OTHER)}
+    assert f"p failed with {FIRST}: p ended" in capsys.readouterr().err
+    assert run_rounds(setting, engines, [Path(FIRST)], 1, (HTTP,)) == ([], [])
+    with pytest.raises(EngineFault):
+        run_rounds(setting, [Failing(OURS, [])], [Path(FIRST)], 1)
+
+
 BENCH = 'ggml_info: x\n[\n  {\n    "n_prompt": 512,\n    "samples_ts": [ 20.5, 53.5, 30.0 ]\n  }\n]\n'
 BATCHED = """
 |    PP |     TG |    B |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |      T s |    S t/s |
@@ -219,10 +244,10 @@ def test_the_tools_of_llama_cpp_are_read() -> None:
 
 
 def test_peers_by_name() -> None:
-    assert peer_names(",".join(PEERS)) == list(PEERS)
-    assert peer_names("openvino,openvino") == ["openvino"]
+    assert names_of(PEERS)(",".join(PEERS)) == list(PEERS)
+    assert names_of(PEERS)("openvino,openvino") == ["openvino"]
     with pytest.raises(Exception, match="choose among"):
-        peer_names("llama.cpp,other")
+        names_of(PEERS)("llama.cpp,other")
 
 
 @pytest.mark.parametrize(
