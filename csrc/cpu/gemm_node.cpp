@@ -10,6 +10,10 @@ namespace llmserve {
 
 namespace {
 
+constexpr int64_t kPassRows = 6;     // that a kernel takes at a time, at best
+constexpr int64_t kLeastHalved = 8;  // rows
+constexpr size_t kManyItems = 16;    // for each worker: what one has more than another is little
+
 // One head of one token into its slot, K [D/2][16][2] or V [8][D][2].
 void write_key(uint16_t* block, int offset, const uint16_t* head, int head_dim) {
   for (int d = 0; d < head_dim; d += 2) std::memcpy(block + d * kKvBlock + offset * 2, head + d, 4);
@@ -43,7 +47,17 @@ int GemmNode::max_item_tiles() const {
 
 int64_t GemmNode::num_ranges(const Step& step) const { return (num_rows(step, in.rows) + kRangeRows - 1) / kRangeRows; }
 
-int64_t GemmNode::num_items(const Step& step) const { return static_cast<int64_t>(items.size()) * num_ranges(step); }
+// Few items that cannot be shared out evenly: of nine, one of two workers would do five. As halves of their rows they
+// come to four and a half each. Both halves read the same weights, the second time from the cache.
+bool GemmNode::halves_ranges(const Step& step) const {
+  const auto num_threads = static_cast<size_t>(step.num_threads);
+  return num_ranges(step) == 1 && num_rows(step, in.rows) >= kLeastHalved && items.size() % num_threads != 0 &&
+         items.size() < kManyItems * num_threads;
+}
+
+int64_t GemmNode::num_items(const Step& step) const {
+  return static_cast<int64_t>(items.size()) * num_ranges(step) * (halves_ranges(step) ? 2 : 1);
+}
 
 // Of the groups of a tile that are unpacked at a time: to float32 for the exact GEMM, to bytes otherwise.
 size_t GemmNode::slab_bytes() const {
@@ -92,12 +106,22 @@ void GemmNode::multiply(const uint8_t* tile, TileArgs args, const Worker& worker
 void GemmNode::run(const Step& step, int64_t index, const Worker& worker) const {
   // All items of a range of rows follow each other: its activations stay in L2.
   const auto num_tiled = static_cast<int64_t>(items.size());
-  const int64_t first_row = index / num_tiled * kRangeRows;
+  const int64_t all_rows = num_rows(step, in.rows);
+  int64_t first_row = 0, end_row = 0;
+  if (halves_ranges(step)) {
+    const int64_t middle = (all_rows + kPassRows) / (2 * kPassRows) * kPassRows;
+    first_row = index % 2 == 0 ? 0 : middle;
+    end_row = index % 2 == 0 ? middle : all_rows;
+    index /= 2;
+  } else {
+    first_row = index / num_tiled * kRangeRows;
+    end_row = std::min(first_row + kRangeRows, all_rows);
+  }
   const GemmItem& item = items[static_cast<size_t>(index % num_tiled)];
   auto* out_rows = reinterpret_cast<float*>(worker.scratch + slab_bytes());
   TileArgs args;
   args.x = in.at(first_row);
-  args.rows = static_cast<int>(std::min<int64_t>(kRangeRows, num_rows(step, in.rows) - first_row));
+  args.rows = static_cast<int>(end_row - first_row);
   args.num_groups = (matrix->columns + kGroup - 1) / kGroup;
   args.out_stride = int64_t{item.num_tiles} * kTile;
   for (int t = 0; t < item.num_tiles; ++t) {

@@ -34,7 +34,7 @@ class Node {
   virtual void check(const StepArrays&) const {}
 };
 
-// Zeroes the KV blocks that were handed out since the last step.
+// Zeroes the KV blocks that were handed out since the last step and are not filled by this one.
 class ZeroBlocksNode : public Node {
  public:
   const char* kind() const override { return "zero_blocks"; }
@@ -152,13 +152,14 @@ class GemmNode : public Node {
   int layer = 0;
 
   const char* kind() const override { return "gemm"; }
-  int64_t num_items(const Step& step) const override;  // an item's tiles times a range of rows
+  int64_t num_items(const Step& step) const override;  // an item's tiles times a range of rows, or a part of it
   void run(const Step& step, int64_t item, const Worker& worker) const override;
   size_t scratch_bytes() const override;
 
  private:
   int max_item_tiles() const;
   int64_t num_ranges(const Step& step) const;
+  bool halves_ranges(const Step& step) const;
   size_t slab_bytes() const;
   void multiply(const uint8_t* tile, TileArgs args, const Worker& worker) const;
   void multiply_unpacked(const uint8_t* tile, TileArgs args, const Worker& worker) const;

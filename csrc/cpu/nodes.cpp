@@ -14,12 +14,12 @@ constexpr int64_t kNormRows = 8;  // rows of one work item: a few microseconds
 }
 
 int64_t ZeroBlocksNode::num_items(const Step& step) const {
-  return static_cast<int64_t>(step.new_blocks.size()) * step.kv->num_layers;
+  return static_cast<int64_t>(step.blank_blocks.size()) * step.kv->num_layers;
 }
 
 void ZeroBlocksNode::run(const Step& step, int64_t item, const Worker&) const {
-  const int64_t num_blocks = static_cast<int64_t>(step.new_blocks.size());
-  const int64_t block = step.new_blocks[static_cast<size_t>(item % num_blocks)];
+  const int64_t num_blocks = static_cast<int64_t>(step.blank_blocks.size());
+  const int64_t block = step.blank_blocks[static_cast<size_t>(item % num_blocks)];
   uint16_t* place = step.kv->at(static_cast<int>(item / num_blocks), block, 0);
   std::memset(place, 0, static_cast<size_t>(step.kv->block_stride()) * sizeof(uint16_t));
 }

@@ -86,6 +86,7 @@ bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
   if (blocks.num_blocks() != kv_.num_blocks || blocks.block_size() != kKvBlock)
     throw std::invalid_argument("blocks: the block pool of another cache");
   step_.kv = &kv_;
+  step_.num_threads = pool_.num_threads();
   step_.prepare(arrays, blocks, limits_.max_position, std::max(1, kMaxQueryRows / heads_per_group_));
   if (scratch_.data() == nullptr)
     scratch_ = Mapping(scratch_per_worker_ * static_cast<size_t>(pool_.num_threads()), false);

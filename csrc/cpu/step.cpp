@@ -1,7 +1,6 @@
 #include "cpu/step.h"
 
 #include <algorithm>
-#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +12,7 @@ void Step::prepare(const StepArrays& arrays, const BlockPool& pool, int max_posi
   slots.resize(static_cast<size_t>(num_tokens));
   chunks.clear();
   new_blocks.clear();
+  blank_blocks.clear();
   if (query_start[0] != 0 || query_start[num_seqs] != num_tokens)
     throw std::invalid_argument("query_start: does not span the tokens of the step");
   for (int seq = 0; seq < num_seqs; ++seq) prepare_sequence(seq, pool, max_position, tokens_per_chunk);
@@ -24,8 +24,10 @@ void Step::prepare(const StepArrays& arrays, const BlockPool& pool, int max_posi
   std::stable_sort(chunks.begin(), chunks.end(),
                    [](const QueryChunk& a, const QueryChunk& b) { return a.cost > b.cost; });
   // A block can come twice only when sequences share it.
-  std::sort(new_blocks.begin(), new_blocks.end());
-  new_blocks.erase(std::unique(new_blocks.begin(), new_blocks.end()), new_blocks.end());
+  for (std::vector<int32_t>* blocks : {&new_blocks, &blank_blocks}) {
+    std::sort(blocks->begin(), blocks->end());
+    blocks->erase(std::unique(blocks->begin(), blocks->end()), blocks->end());
+  }
   copies = pool.copies();
 }
 
@@ -52,9 +54,13 @@ void Step::prepare_sequence(int seq, const BlockPool& pool, int max_position, in
   }
   // Only what the step reaches: a long prompt has all its blocks from the start, and zeroing them at once would hold up
   // everybody's tokens.
-  const auto reached = table.begin() + (seq_lens[seq] + kKvBlock - 1) / kKvBlock;
-  std::copy_if(table.begin(), reached, std::back_inserter(new_blocks),
-               [&pool](int32_t block) { return pool.is_new(block); });
+  const int reached = (seq_lens[seq] + kKvBlock - 1) / kKvBlock;
+  for (int i = 0; i < reached; ++i) {
+    const int32_t block = table[static_cast<size_t>(i)];
+    if (!pool.is_new(block)) continue;
+    new_blocks.push_back(block);
+    if (i * kKvBlock < start || (i + 1) * kKvBlock > seq_lens[seq]) blank_blocks.push_back(block);
+  }
   for (int row = first; row < end; row += tokens_per_chunk) {
     const int count = std::min(tokens_per_chunk, end - row);
     const int64_t last = start + row - first + count;

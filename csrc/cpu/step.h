@@ -81,9 +81,11 @@ struct Step : StepArrays {
   std::vector<const int32_t*> tables;  // [num_seqs]
   std::vector<Slot> slots;             // [num_tokens]
   std::vector<QueryChunk> chunks;      // longest first
-  std::vector<int32_t> new_blocks;     // to be zeroed first
+  std::vector<int32_t> new_blocks;     // since the last step, as far as this one reaches
+  std::vector<int32_t> blank_blocks;   // those of them that it does not fill: to be zeroed first
   std::vector<BlockCopy> copies;       // to be done next
   const KvCache* kv = nullptr;
+  int num_threads = 1;  // that share the work
 
   // What the pool has pending stays there, so that a step that is not finished loses nothing. new_blocks are those that
   // this step reaches.

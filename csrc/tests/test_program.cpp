@@ -1,4 +1,5 @@
 // A whole program in C++: a small network over the paged cache, whatever the number of threads, rows and chunks.
+#include <algorithm>
 #include <array>
 #include <filesystem>
 #include <thread>
@@ -233,7 +234,7 @@ TEST(program_results_do_not_depend_on_threads_or_chunks) {
   const Network network(random);
   for (const char* isa : isa_levels()) {
     std::vector<Result> results;
-    for (const int num_threads : {1, 2, 4}) {
+    for (const int num_threads : {1, 2, 3, 4}) {  // some share the tiles of a matrix evenly, some do not
       const auto program = build(network, isa, num_threads);
       BlockPool pool(64, 16);
       for (const int chunk : {1, 7, 9, 65, 70}) results.push_back(in_chunks(*program, pool, 3, 70, chunk));
@@ -355,6 +356,31 @@ TEST(program_that_is_aborted_or_refuses_leaves_copies_and_zeroing_to_the_next_st
   CHECK(program->run(wanted.arrays(), pool));
   CHECK(pool.new_blocks().empty());
   CHECK(wanted.out_logprobs == batch.out_logprobs);
+}
+
+TEST(program_zeroes_the_new_blocks_that_a_step_does_not_fill) {
+  BlockPool pool(64, 16);
+  const int64_t handle = pool.create();
+  CHECK(pool.reserve({handle}, {60}) == 1);
+  const std::vector<int32_t>& table = pool.table(handle);
+  const auto blank_of = [&](int start, int count) {
+    Batch batch({{handle, start, count}});
+    Step step;
+    step.prepare(batch.arrays(), pool, 256, 8);
+    CHECK(step.new_blocks.size() == static_cast<size_t>((start + count + 15) / 16), "all are new");
+    return step.blank_blocks;
+  };
+  const auto blocks = [&](std::initializer_list<size_t> places) {
+    std::vector<int32_t> named;
+    for (const size_t place : places) named.push_back(table[place]);
+    std::sort(named.begin(), named.end());
+    return named;
+  };
+  CHECK(blank_of(0, 32) == blocks({}));
+  CHECK(blank_of(0, 33) == blocks({2}));
+  CHECK(blank_of(0, 31) == blocks({1}));
+  CHECK(blank_of(1, 31) == blocks({0}));
+  CHECK(blank_of(16, 44) == blocks({0, 3}));
 }
 
 TEST(program_refuses_contradicting_arrays) {
