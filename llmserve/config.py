@@ -9,6 +9,7 @@ from typing import Literal
 RopeStyle = Literal["half", "interleaved"]
 KVCacheDtype = Literal["bf16", "int8"]
 Speculation = Literal["auto", "off"]
+DEFAULT_ITL_TARGET_MS = 30.0
 DEFAULT_MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS = 15, 63
 
 
@@ -104,7 +105,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_num_waiting: int = 0
     """Sequences that may wait for a place; more are refused as overload. 0: any number."""
-    itl_target_ms: float = 50.0
+    itl_target_ms: float = DEFAULT_ITL_TARGET_MS
     """Time between the tokens of running streams while prompts are computed beside them; it sizes the chunks of
     prompts. 0: no target, whole steps go to prompts."""
     priority_ageing_s: float = 10.0

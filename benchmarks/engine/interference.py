@@ -19,6 +19,7 @@ import msgspec
 
 from benchmarks.engine.probe import Conditions, Probe, Stream, arguments_of, conclude, conditions, resolve
 from benchmarks.peers.quiet import Quiet
+from llmserve.config import DEFAULT_ITL_TARGET_MS
 from llmserve.tools.bench_stats import Spread, percentile
 
 MAX_RATIO: Final = 3.0
@@ -167,7 +168,7 @@ def main() -> int:
         conditions=conditions(model, max(one.others_cores for one in rounds)),
         num_streams=arguments.streams,
         prompt_tokens=arguments.prompt_tokens,
-        itl_target_ms=50.0,
+        itl_target_ms=DEFAULT_ITL_TARGET_MS,
         max_ratio=MAX_RATIO,
         figures=figures,
         rounds=rounds,

@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.peers.results import RESULTS, save_json
 from llmserve._C import BlockPool
+from llmserve.config import DEFAULT_ITL_TARGET_MS
 from llmserve.engine.engine import Engine
 from llmserve.engine.scheduler import SchedulerConfig
 from llmserve.ops.protocol import StepInput, StepOutput
@@ -85,7 +86,7 @@ def make_engine(num_running: int, num_steps: int) -> Engine:
     num_blocks = (num_running + 8) * (max_model_len // BLOCK_SIZE + 1)
     executor = IdleExecutor(num_blocks)
     config = SchedulerConfig(
-        max_num_tokens=2048, max_num_seqs=num_running, max_logit_rows=num_running, itl_target_ms=50.0
+        max_num_tokens=2048, max_num_seqs=num_running, max_logit_rows=num_running, itl_target_ms=DEFAULT_ITL_TARGET_MS
     )
     info = EngineInfo(
         model_path="", architecture="", vocab_size=1000, max_model_len=max_model_len, max_num_seqs=num_running,

@@ -11,7 +11,14 @@ from typing import Annotated
 import typer
 
 from llmserve.cli.byte_size import parse_byte_size
-from llmserve.config import DEFAULT_MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS, EngineConfig, KVCacheDtype, Speculation
+from llmserve.config import (
+    DEFAULT_ITL_TARGET_MS,
+    DEFAULT_MAX_DRAFT_TOKENS,
+    MAX_DRAFT_TOKENS,
+    EngineConfig,
+    KVCacheDtype,
+    Speculation,
+)
 
 _ENGINE = "Engine"
 _SAMPLING = "Sampling"
@@ -144,7 +151,7 @@ def engine_config(
     max_num_seqs: int = 128,
     max_num_batched_tokens: int = 512,
     max_num_waiting: int = 0,
-    itl_target_ms: float = 50.0,
+    itl_target_ms: float = DEFAULT_ITL_TARGET_MS,
     prefix_cache: bool = True,
     kv_cache_memory: str = "",
     threads: int = 0,

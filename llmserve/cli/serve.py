@@ -21,7 +21,7 @@ import typer
 from llmserve.cli import options
 from llmserve.cli.byte_size import format_bytes
 from llmserve.cli.progress import ProgressDisplay
-from llmserve.config import DEFAULT_MAX_DRAFT_TOKENS, EngineConfig, ServerConfig
+from llmserve.config import DEFAULT_ITL_TARGET_MS, DEFAULT_MAX_DRAFT_TOKENS, EngineConfig, ServerConfig
 from llmserve.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def command(
     max_num_seqs: options.MaxNumSeqs = 128,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
     max_num_waiting: options.MaxNumWaiting = 512,
-    itl_target_ms: options.ItlTarget = 50.0,
+    itl_target_ms: options.ItlTarget = DEFAULT_ITL_TARGET_MS,
     prefix_cache: options.PrefixCache = True,
     kv_cache_memory: options.KVCacheMemory = "",
     threads: options.Threads = 0,
