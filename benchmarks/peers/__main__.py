@@ -90,8 +90,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--files", default="", help="more files of the same network, with commas: each peer's best type is told too")
     add("--parts", type=names_of(PARTS), default=PARTS, help="http, alone (both): over HTTP, the engine without it")
     add("--levels", type=positive(int), default=LEVELS, metavar="N,N,…", help="streams and batch sizes (1,8,32)")
-    add("--prompt-tokens", type=int, default=128, help="but for prefill without HTTP, which is of 512 (128)")
+    add("--prompt-tokens", type=int, default=128, help="of a request, and before decodes without HTTP (128)")
     add("--output-tokens", type=int, default=64, help="length of the answers (64)")
+    add("--prefill-tokens", type=int, default=512, help="of a prompt without HTTP (512)")
     add("--rounds", type=int, default=3, help="alternations (3)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="compute threads of each (all cores)")
     add("--max-others", type=float, default=0.1, help="cores that others may use meanwhile (0.1)")
@@ -105,7 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     quiet = Quiet(max_cores=args.max_others, timeout_s=args.wait_quiet)
     load = Load(prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens)
-    setting = Setting(num_threads=args.threads, load=load, quiet=quiet, levels=args.levels)
+    setting = Setting(
+        num_threads=args.threads, load=load, quiet=quiet, levels=args.levels, prefill_tokens=args.prefill_tokens
+    )
     files = [pull.resolve(name) for name in (args.model, *filter(None, args.files.split(",")))]
     engines = choose(args.peers, setting, args)
     host = describe_host()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.peers.environment import environment, pip_install, said
-from benchmarks.peers.peer import PREFILL_REPETITIONS, PREFILL_TOKENS, Bench, ServerCommand, Setting
+from benchmarks.peers.peer import PREFILL_REPETITIONS, Bench, ServerCommand, Setting
 
 PEER: Final = "llama.cpp"
 IK: Final = "ik_llama.cpp"
@@ -105,7 +105,7 @@ class LlamaCpp:
     def prefill(self, model: Path) -> float:
         """By llama-bench; tokens/s."""
         repacks = [*self._repacks, "1"] if self._repacks else []
-        shape = ["-p", str(PREFILL_TOKENS), "-n", "0", "-r", str(PREFILL_REPETITIONS), "-o", "json"]
+        shape = ["-p", str(self.setting.prefill_tokens), "-n", "0", "-r", str(PREFILL_REPETITIONS), "-o", "json"]
         return prefill_speed(said(self._tool("llama-bench", model, *repacks, *shape)))
 
     def decode(self, model: Path, batch: int) -> float:

@@ -18,7 +18,7 @@ import msgspec
 
 from benchmarks.line_worker import LineWorker
 from benchmarks.peers.environment import environment, pip_install, said
-from benchmarks.peers.peer import PREFILL_REPETITIONS, PREFILL_TOKENS, Bench, ServerCommand, Setting
+from benchmarks.peers.peer import PREFILL_REPETITIONS, Bench, ServerCommand, Setting
 from llmserve.errors import EngineFault
 from llmserve.tools.bench_prompts import random_token_ids
 
@@ -76,8 +76,8 @@ class _Loaded:
     vocab_size: int
 
     def prefill(self) -> float:
-        seconds = self._measure(PREFILL_REPETITIONS, PREFILL_TOKENS, num_steps=0)
-        return PREFILL_TOKENS / statistics.median(seconds)
+        seconds = self._measure(PREFILL_REPETITIONS, self.setting.prefill_tokens, num_steps=0)
+        return self.setting.prefill_tokens / statistics.median(seconds)
 
     def decode(self, batch: int) -> float:
         load = self.setting.load

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.peers.peer import PREFILL_REPETITIONS, PREFILL_TOKENS, Bench, ServerCommand, Setting
+from benchmarks.peers.peer import PREFILL_REPETITIONS, Bench, ServerCommand, Setting
 from benchmarks.peers.results import OURS
 from llmserve import __version__
 from llmserve.tools.bench_offline import OfflineLoad, OfflineReport, run_offline
@@ -46,7 +46,8 @@ class _Engine:
     setting: Setting
 
     def prefill(self) -> float:
-        return self._run(prefill_tokens=(PREFILL_TOKENS,), repetitions=PREFILL_REPETITIONS).prefill[0].tokens_per_s
+        report = self._run(prefill_tokens=(self.setting.prefill_tokens,), repetitions=PREFILL_REPETITIONS)
+        return report.prefill[0].tokens_per_s
 
     def decode(self, batch: int) -> float:
         return self._run(batch_sizes=(batch,)).decode[0].tokens_per_s

@@ -13,7 +13,6 @@ from llmserve.tools.bench_load import Load
 
 LEVELS: Final = (1, 8, 32)
 """Streams over HTTP, and batch sizes without."""
-PREFILL_TOKENS: Final = 512
 PREFILL_REPETITIONS: Final = 3
 
 
@@ -25,6 +24,8 @@ class Setting:
     load: Load = field(default_factory=Load)
     quiet: Quiet = field(default_factory=Quiet)
     levels: Sequence[int] = LEVELS
+    prefill_tokens: int = 512
+    """Of a prompt without HTTP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class Bench(Protocol):
     """An engine without HTTP, ready to be measured."""
 
     def prefill(self) -> float:
-        """tokens/s over prompts of `PREFILL_TOKENS` tokens, one after another; the median."""
+        """tokens/s over prompts of `prefill_tokens` tokens, one after another; the median."""
         ...
 
     def decode(self, batch: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 import uvloop
 
-from benchmarks.peers.peer import PREFILL_TOKENS, Peer, Setting
+from benchmarks.peers.peer import Peer, Setting
 from benchmarks.peers.results import OURS, Alone, Served
 from llmserve.errors import LLMServeError
 from llmserve.tools.bench_load import prepare, run_level
@@ -89,7 +89,7 @@ def alone_round(setting: Setting, engine: Peer, model: Path, number: int) -> lis
         return []
     records = []
     with opened as bench:
-        works = [(f"prefill {PREFILL_TOKENS}", bench.prefill)]
+        works = [(f"prefill {setting.prefill_tokens}", bench.prefill)]
         works += [(f"decode B={batch}", partial(bench.decode, batch)) for batch in setting.levels]
         for what, work in works:
             speed, others = setting.quiet.measure(work)
