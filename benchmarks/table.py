@@ -14,10 +14,11 @@ from typing import Final
 import msgspec
 
 from benchmarks.peers.accuracy import Accuracy
+from benchmarks.peers.goals import Recorded, goals_table
 from benchmarks.peers.perplexity import Perplexities, misses
 from benchmarks.peers.perplexity_models import MIXED
 from benchmarks.peers.report import plot, speed_table
-from benchmarks.peers.results import RESULTS, load_comparison
+from benchmarks.peers.results import RESULTS, Comparison, load_comparison
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 BEGIN: Final = "<!-- begin benchmarks: written by benchmarks/table.py -->\n"
@@ -26,6 +27,10 @@ SPEED: Final = RESULTS / "peers.json"
 ACCURACY: Final = RESULTS / "accuracy.json"
 PERPLEXITY: Final = RESULTS / "perplexity.json"
 PLOT: Final = RESULTS / "peers.svg"
+SAME_TYPE: Final = RESULTS / "peers_same_type.json"
+HALF_BILLION: Final = RESULTS / "peers_05b.json"
+VLLM: Final = RESULTS / "peers_vllm.json"
+LONG: Final = RESULTS / "peers_long.json"
 
 
 def accuracy_table(result: Accuracy) -> str:
@@ -64,6 +69,11 @@ def perplexity_table(result: Perplexities) -> str:
     return "\n".join([*lines, "", note, *(["", "Bounds that are not met:", "", *missed] if missed else [])]) + "\n"
 
 
+def recorded_in(path: Path) -> Comparison | None:
+    """The comparison of a result file; None where there is none."""
+    return load_comparison(path) if path.exists() else None
+
+
 def with_block(text: str, block: str) -> str:
     """Replace what stands between the markers. Raises `ValueError` when they are not there."""
     head, begin, rest = text.partition(BEGIN)
@@ -82,6 +92,16 @@ def written_files() -> dict[Path, str]:
         short, full = speed_table(result, full=False), speed_table(result, full=True)
         files[PLOT] = plot(result)
         full += f"\n![throughput](../{PLOT.relative_to(ROOT)})\n"
+    for path in (SAME_TYPE, HALF_BILLION, VLLM, LONG):
+        if path.exists():
+            full += f"\n{speed_table(load_comparison(path), full=True)}"
+    recorded = Recorded(
+        main=recorded_in(SPEED),
+        same_type=recorded_in(SAME_TYPE),
+        half_billion=recorded_in(HALF_BILLION),
+        vllm=recorded_in(VLLM),
+    )
+    full = f"What is to be reached, and what was; what falls short in bold:\n\n{goals_table(recorded)}\n{full}"
     if ACCURACY.exists():
         full += "\n" + accuracy_table(msgspec.json.decode(ACCURACY.read_bytes(), type=Accuracy))
     if PERPLEXITY.exists():

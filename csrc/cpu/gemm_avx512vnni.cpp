@@ -362,39 +362,39 @@ void unpack_format(const uint8_t* block, int64_t num_groups, uint8_t* out) {
   }
 }
 
-// INT8 per channel with activations scaled per token: one integer sum over all of K. Steps [first, end) of kWidth
-// vectors from `vector` on; what is still a sum lies in `out`.
-template <bool kNear, int kRows, int kWidth>
-void i8_band(const TileArgs& args, int row, int64_t first, int64_t end, int vector, Ahead& ahead) {
+// INT8 per channel: steps [first, end) of kRows rows. There are no float sums beside the integer ones, so six rows by
+// all channels fit the registers; what is still a sum lies in `out`.
+template <bool kNear, int kRows>
+void i8_rows(const TileArgs& args, int row, int64_t first, int64_t end, Ahead& ahead) {
   const int64_t stride = padded_columns(args.x.columns), steps = (args.x.columns + 3) / 4;
   const int8_t* x = args.x.i8 + row * stride;
-  const auto place = [&](int r, int v) { return args.out + (row + r) * args.out_stride + (vector + v) * 16; };
-  __m512i sums[kRows][kWidth];
+  const auto place = [&](int r, int v) { return args.out + (row + r) * args.out_stride + v * 16; };
+  __m512i sums[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     const __m512i zero = _mm512_slli_epi32(_mm512_set1_epi32(args.x.i8_meta[row + r].negative_sum), 7);
-    for (int v = 0; v < kWidth; ++v) sums[r][v] = first == 0 ? zero : _mm512_loadu_si512(place(r, v));
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = first == 0 ? zero : _mm512_loadu_si512(place(r, v));
   }
-  const uint8_t* line = args.weights + first * kStepBytes + vector * 64;
+  const uint8_t* line = args.weights + first * kStepBytes;
   for (int64_t block = first; block < end; block += kSteps) {
     ahead.advance();
     const int64_t last = block + kSteps < end ? block + kSteps : end;
     for (int64_t step = block; step < last; ++step, line += kStepBytes) {
-      __m512i codes[kWidth];
-      for (int v = 0; v < kWidth; ++v) {
+      __m512i codes[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
         prefetch<kNear>(line + v * 64);
         codes[v] = load(line + v * 64);
       }
       for (int r = 0; r < kRows; ++r) {
         const __m512i four = broadcast4(x + r * stride + step * 4);
-        for (int v = 0; v < kWidth; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], codes[v], four);
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], codes[v], four);
       }
     }
   }
   const uint8_t* scales = args.weights + steps * kStepBytes;
-  for (int v = 0; v < kWidth; ++v)
+  for (int v = 0; v < kVectors; ++v)
     for (int r = 0; r < kRows; ++r) {
       const __m512 factor =
-          _mm512_mul_ps(_mm512_loadu_ps(scales + (vector + v) * 64), _mm512_set1_ps(args.x.i8_meta[row + r].scale));
+          _mm512_mul_ps(_mm512_loadu_ps(scales + v * 64), _mm512_set1_ps(args.x.i8_meta[row + r].scale));
       if (end == steps)
         _mm512_storeu_ps(place(r, v), _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), factor));
       else
@@ -402,21 +402,15 @@ void i8_band(const TileArgs& args, int row, int64_t first, int64_t end, int vect
     }
 }
 
-template <bool kNear, int kRows, int kWidth>
-void i8_rows(const TileArgs& args, int row, int64_t first, int64_t end, Ahead& ahead) {
-  for (int vector = 0; vector < kVectors; vector += kWidth)
-    i8_band<kNear, kRows, kWidth>(args, row, first, end, vector, ahead);
-}
-
 void i8_chunk(const TileArgs& args, int64_t first, int64_t end, Ahead ahead) {
   int row = 0;
-  for (; row + 6 <= args.rows; row += 6) i8_rows<false, 6, 2>(args, row, first, end, ahead);
+  for (; row + 6 <= args.rows; row += 6) i8_rows<false, 6>(args, row, first, end, ahead);
   switch (args.rows - row) {
-    case 5: return i8_rows<false, 5, 2>(args, row, first, end, ahead);
-    case 4: return i8_rows<false, 4, kVectors>(args, row, first, end, ahead);
-    case 3: return i8_rows<false, 3, kVectors>(args, row, first, end, ahead);
-    case 2: return i8_rows<false, 2, kVectors>(args, row, first, end, ahead);
-    case 1: return i8_rows<false, 1, kVectors>(args, row, first, end, ahead);
+    case 5: return i8_rows<false, 5>(args, row, first, end, ahead);
+    case 4: return i8_rows<false, 4>(args, row, first, end, ahead);
+    case 3: return i8_rows<false, 3>(args, row, first, end, ahead);
+    case 2: return i8_rows<false, 2>(args, row, first, end, ahead);
+    case 1: return i8_rows<false, 1>(args, row, first, end, ahead);
     default: return;
   }
 }
@@ -426,15 +420,15 @@ void gemm_i8(const TileArgs& args) {
                 width = (args.rows <= kFewRows ? kFewRowsGroups : kSlabGroups) * kSteps;
   Ahead none;
   switch (args.rows) {
-    case 4: return i8_rows<true, 4, kVectors>(args, 0, 0, steps, none);
-    case 3: return i8_rows<true, 3, kVectors>(args, 0, 0, steps, none);
-    case 2: return i8_rows<true, 2, kVectors>(args, 0, 0, steps, none);
-    case 1: return i8_rows<true, 1, kVectors>(args, 0, 0, steps, none);
+    case 4: return i8_rows<true, 4>(args, 0, 0, steps, none);
+    case 3: return i8_rows<true, 3>(args, 0, 0, steps, none);
+    case 2: return i8_rows<true, 2>(args, 0, 0, steps, none);
+    case 1: return i8_rows<true, 1>(args, 0, 0, steps, none);
     default: break;
   }
   for (int64_t first = 0; first < steps; first += width) {
     const int64_t end = first + width < steps ? first + width : steps;
-    i8_chunk(args, first, end, {args.weights + end * kStepBytes, kSteps * kStepBytes, num_passes(args.rows, true)});
+    i8_chunk(args, first, end, {args.weights + end * kStepBytes, kSteps * kStepBytes, (args.rows + 5) / 6});
   }
 }
 

@@ -13,6 +13,7 @@ import msgspec
 
 from llmserve import __version__
 
+_RESULTS: Final = "benchmarks/results"
 _FEATURES: Final = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
@@ -32,7 +33,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     llmserve: str
     commit: str
-    """`git describe` of the working tree; empty outside one."""
+    """Of the working tree, `-dirty` if it differs; empty outside one."""
     load_before: float
     """Load average of the last minute: what else the machine did."""
 
@@ -66,10 +67,16 @@ def _first_processor() -> dict[str, str]:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    """With `-dirty` where the tree differs from it in more than results that were written meanwhile."""
+    commit = _git("rev-parse", "--short=10", "HEAD")
+    changed = commit and _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(top,exclude){_RESULTS}")
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str:
     try:
         found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return ""
