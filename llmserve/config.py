@@ -9,7 +9,7 @@ from typing import Literal
 RopeStyle = Literal["half", "interleaved"]
 KVCacheDtype = Literal["bf16", "int8"]
 Speculation = Literal["auto", "off"]
-DEFAULT_ITL_TARGET_MS = 30.0
+DEFAULT_ITL_TARGET_MS = 50.0
 DEFAULT_MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS = 15, 63
 
 
