@@ -88,7 +88,7 @@ class ExecutorConfig:
     kv_cache_dtype: KVCacheDtype = "bf16"
     """int8 halves the KV cache, with one scale for each token and head."""
     isa: str = ""
-    """Highest instruction set to use: scalar, avx2 or avx512; empty: the best there is. It only lowers the choice."""
+    """Highest instruction set to use: scalar, avx2, avx512 or amx; empty: the best. It only lowers the choice."""
     images: ImageConfig | None = None
     """None: packed weights live in memory alone."""
 

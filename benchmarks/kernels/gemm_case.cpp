@@ -66,9 +66,10 @@ void GemmCase::place_values(const Buffers& buffers) {
   const unsigned out_form = matrix.part == Part::kGateUp ? type_.form : kFormF32;
   const int64_t columns = out_columns(matrix);
   const auto place = [&](int index, int64_t width, unsigned forms) {
-    if (llmserve::value_bytes(case_.m, width, forms) > buffers.value_bytes)
+    const bool panels = program_.kernels().reads_panels;
+    if (llmserve::value_bytes(case_.m, width, forms, panels) > buffers.value_bytes)
       throw std::invalid_argument("the benchmark's activation buffers are too small");
-    return place_value(buffers.value(index), Rows::kTokens, case_.m, width, forms);
+    return place_value(buffers.value(index), Rows::kTokens, case_.m, width, forms, panels);
   };
   x_ = place(0, matrix.columns, kFormF32);
   in_ = place(1, matrix.columns, type_.form);

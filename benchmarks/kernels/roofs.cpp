@@ -61,10 +61,12 @@ RoofTable choose_roofs(const std::string& isa) {
   RoofTable table;
   table.read = scalar_read;
 #ifdef LLMSERVE_X86
-  if (isa == "avx2" || isa == "avx512") avx2::fill(table);
-  if (isa == "avx512") avx512::fill(table);
-  if (isa == "avx512" && __builtin_cpu_supports("avx512vnni")) avx512vnni::fill(table);
-  if (isa == "avx512" && __builtin_cpu_supports("avx512bf16")) avx512bf16::fill(table);
+  const bool has_amx = isa == "amx", has_avx512 = has_amx || isa == "avx512";
+  if (has_avx512 || isa == "avx2") avx2::fill(table);
+  if (has_avx512) avx512::fill(table);
+  if (has_avx512 && __builtin_cpu_supports("avx512vnni")) avx512vnni::fill(table);
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) avx512bf16::fill(table);
+  if (has_amx) amx::fill(table);
 #endif
   return table;
 }

@@ -31,7 +31,7 @@ struct RoofTable {
   ReadFunction read = nullptr;
 };
 
-// The loops of the instructions that the kernels of this level use: "scalar", "avx2" or "avx512".
+// The loops of the instructions that the kernels of this level use: "scalar", "avx2", "avx512" or "amx".
 RoofTable choose_roofs(const std::string& isa);
 
 // Operations per second of all workers together; 0 when the table has no such loop. Takes about two milliseconds.
@@ -52,6 +52,9 @@ namespace avx512vnni {
 void fill(RoofTable& table);
 }
 namespace avx512bf16 {
+void fill(RoofTable& table);
+}
+namespace amx {
 void fill(RoofTable& table);
 }
 #endif

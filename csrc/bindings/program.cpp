@@ -260,6 +260,12 @@ void bind_builders(py::class_<Program>& program) {
   constexpr auto reference = py::return_value_policy::reference_internal;
   program.def("reserve_arena", &Program::reserve_arena, py::arg("num_bytes"))
       .def(
+          "value_bytes",
+          [](const Program& self, const std::string& rows, int64_t columns, unsigned forms) {
+            return self.value_bytes(parse_rows(rows), columns, forms);
+          },
+          py::arg("rows"), py::arg("columns"), py::arg("forms"), "Arena bytes of a value.")
+      .def(
           "add_value",
           [](Program& self, const std::string& rows, int64_t columns, unsigned forms, size_t offset) {
             return self.add_value(parse_rows(rows), columns, forms, offset);
@@ -351,10 +357,6 @@ void bind_program(py::module_& module) {
       .def_property_readonly("isa", [](const Program& self) { return self.kernels().name; })
       .def_property_readonly("num_threads", &Program::num_threads);
 
-  module.def(
-      "value_bytes",
-      [](int64_t num_rows, int64_t columns, unsigned forms) { return value_bytes(num_rows, columns, forms); },
-      py::arg("num_rows"), py::arg("columns"), py::arg("forms"), "Arena bytes of a value.");
   module.def(
       "matrix_bytes",
       [](const std::string& type, int64_t columns, int64_t num_tiles) {

@@ -7,6 +7,8 @@
 
 #ifdef LLMSERVE_X86
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace llmserve {
@@ -18,6 +20,7 @@ struct CpuFeatures {
   bool avx512 = false;
   bool vnni = false;
   bool bf16 = false;
+  bool amx = false;
 };
 
 #ifdef LLMSERVE_X86
@@ -28,6 +31,12 @@ uint64_t extended_control() {
 }
 
 bool bit(uint32_t word, int index) { return ((word >> index) & 1u) != 0; }
+
+// Linux gives the registers of the matrix unit (8 KB a thread) to processes that ask, all threads at once.
+bool may_use_matrix_unit() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
 
 CpuFeatures detect() {
   CpuFeatures features;
@@ -40,6 +49,8 @@ CpuFeatures detect() {
   const bool zmm_state = (state & 0xE6) == 0xE6;
   features.avx512 = features.avx2 && zmm_state && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);
   features.vnni = features.avx512 && bit(c, 11);
+  const bool unit_state = (state & 0x60000) == 0x60000;
+  features.amx = features.vnni && unit_state && bit(d, 24) && bit(d, 25) && may_use_matrix_unit();
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) features.bf16 = features.vnni && bit(a, 5);
   return features;
 }
@@ -48,11 +59,12 @@ CpuFeatures detect() { return {}; }
 #endif
 
 int level_of(const char* name) {
-  if (name[0] == '\0') return 2;
+  if (name[0] == '\0') return 3;
   if (std::strcmp(name, "scalar") == 0) return 0;
   if (std::strcmp(name, "avx2") == 0) return 1;
   if (std::strcmp(name, "avx512") == 0) return 2;
-  throw std::invalid_argument(std::string("isa: '") + name + "' is not one of scalar, avx2, avx512");
+  if (std::strcmp(name, "amx") == 0) return 3;
+  throw std::invalid_argument(std::string("isa: '") + name + "' is not one of scalar, avx2, avx512, amx");
 }
 
 }  // namespace
@@ -60,7 +72,7 @@ int level_of(const char* name) {
 KernelTable choose_kernels(const char* limit) {
   const int level = level_of(limit);
   const CpuFeatures has = detect();
-  if (limit[0] != '\0' && ((level == 1 && !has.avx2) || (level == 2 && !has.avx512)))
+  if (limit[0] != '\0' && ((level == 1 && !has.avx2) || (level == 2 && !has.avx512) || (level == 3 && !has.amx)))
     throw std::invalid_argument(std::string("isa: this machine has no ") + limit);
   KernelTable table{};
   scalar::fill(table);
@@ -69,6 +81,7 @@ KernelTable choose_kernels(const char* limit) {
   if (level >= 2 && has.avx512) avx512::fill(table);
   if (level >= 2 && has.vnni) avx512vnni::fill(table);
   if (level >= 2 && has.bf16) avx512bf16::fill(table);
+  if (level >= 3 && has.amx) amx::fill(table);
 #endif
   return table;
 }

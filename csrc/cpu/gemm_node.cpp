@@ -96,11 +96,11 @@ void GemmNode::multiply_unpacked(const uint8_t* tile, TileArgs args, const Worke
 
 void GemmNode::multiply(const uint8_t* tile, TileArgs args, const Worker& worker) const {
   const PackedFormat format = packed_format(matrix->type);
-  if (format.group != 0 && (exact || (format.bits < 8 && args.rows > direct_rows(format))))
-    return multiply_unpacked(tile, args, worker);
   const auto type = static_cast<size_t>(matrix->type);
+  const bool is_direct = args.rows <= worker.kernels->direct_rows[type];
+  if (format.group != 0 && (exact || (format.bits < 8 && !is_direct))) return multiply_unpacked(tile, args, worker);
   args.weights = tile;
-  (args.rows > direct_rows(format) ? worker.kernels->gemm_unpacked : worker.kernels->gemm_packed)[type](args);
+  (is_direct ? worker.kernels->gemm_packed : worker.kernels->gemm_unpacked)[type](args);
 }
 
 void GemmNode::run(const Step& step, int64_t index, const Worker& worker) const {
@@ -109,7 +109,9 @@ void GemmNode::run(const Step& step, int64_t index, const Worker& worker) const 
   const int64_t all_rows = num_rows(step, in.rows);
   int64_t first_row = 0, end_row = 0;
   if (halves_ranges(step)) {
-    const int64_t middle = (all_rows + kPassRows) / (2 * kPassRows) * kPassRows;
+    const bool panels = worker.kernels->reads_panels && all_rows >= 2 * kPanelRows;
+    const int64_t pass = panels ? kPanelRows : kPassRows;
+    const int64_t middle = (all_rows + pass) / (2 * pass) * pass;
     first_row = index % 2 == 0 ? 0 : middle;
     end_row = index % 2 == 0 ? middle : all_rows;
     index /= 2;

@@ -210,6 +210,8 @@ static void dequantize_tile(PackedType type, const uint8_t* block, int64_t num_g
 
 template <PackedType kType>
 static void fill_type(KernelTable& table) {
+  constexpr int kBits = packed_format(kType).bits;
+  table.direct_rows[static_cast<size_t>(kType)] = kBits == 4 ? 32 : kBits == 6 ? 2 : 8;
   table.gemm_packed[static_cast<size_t>(kType)] = gemm_packed<kType>;
   table.gemm_unpacked[static_cast<size_t>(kType)] = gemm_unpacked<kType>;
 }

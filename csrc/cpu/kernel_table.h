@@ -72,7 +72,9 @@ enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu2 };
 
 struct KernelTable {
   const char* name;
+  bool reads_panels;  // of activations: they are to be made
 
+  int direct_rows[kNumPackedTypes];             // up to so many gemm_packed is the faster
   TileFunction gemm_packed[kNumPackedTypes];    // codes unpacked in registers, for few rows; all rows of bf16, f32, i8
   TileFunction gemm_unpacked[kNumPackedTypes];  // codes in bytes, for many rows; the same results
   // Groups of a packed tile as the bytes that gemm_unpacked reads, and as float32 [k][64] that the f32 GEMM reads.
@@ -101,7 +103,8 @@ struct KernelTable {
   void (*exp_weights)(const float* x, float maximum, float inverse_temperature, float* w, double* sums, int64_t n);
 };
 
-// The best table this machine can run, lowered by `limit`: "scalar", "avx2", "avx512" or "" for the best.
+// The best table this machine can run, lowered by `limit`: "scalar", "avx2", "avx512", "amx" or "" for the
+// best.
 // Throws std::invalid_argument when `limit` is unknown or more than the machine has.
 KernelTable choose_kernels(const char* limit);
 
@@ -120,6 +123,9 @@ namespace avx512vnni {
 void fill(KernelTable& table);
 }
 namespace avx512bf16 {
+void fill(KernelTable& table);
+}
+namespace amx {
 void fill(KernelTable& table);
 }
 #endif

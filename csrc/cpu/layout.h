@@ -105,9 +105,6 @@ constexpr bool is_quantized(PackedType type) { return packed_format(type).bits !
 constexpr bool is_grouped(PackedType type) { return packed_format(type).group != 0; }
 constexpr int zero_point(PackedFormat format) { return format.minimum ? 0 : 1 << format.zero_shift; }
 
-// Up to this many rows codes are unpacked in registers.
-constexpr int direct_rows(PackedFormat format) { return format.bits == 4 ? 32 : format.bits == 6 ? 2 : 8; }
-
 // Code groups and table parts of a block.
 constexpr int block_groups(PackedFormat format) { return format.group <= kGroup ? 1 : format.group / kGroup; }
 constexpr int block_parts(PackedFormat format) { return format.group == 16 ? 2 : 1; }
@@ -165,6 +162,18 @@ constexpr int kHighBits = 7;                 // of a code below its high part
 constexpr int kHighShift = 4;                // what the stored high parts lack of them
 constexpr float kLeastShare = 1.0f / 15.5f;  // of the largest magnitude that the scale's is
 
+// The same for matrix units: panels of 16 rows, [rows / 16][group][row][64], the codes of a row and behind them 32
+// bytes that are zero but for the high parts in their step; and what belongs to a group of each of the rows.
+constexpr int kPanelRows = 16;
+constexpr int kPanelRowBytes = 2 * kGroup;
+constexpr int64_t kPanelBytes = kPanelRows * kPanelRowBytes;
+struct PanelMeta {
+  float scales[kPanelRows];
+  float scaled_sums[kPanelRows];
+  float scaled_first_sums[kPanelRows];
+  float scaled_second_sums[kPanelRows];
+};
+
 // One row of activations quantized to int8 with one scale.
 struct RowMeta {
   float scale;
@@ -174,11 +183,14 @@ struct RowMeta {
 constexpr int64_t padded_columns(int64_t columns) { return (columns + kTile - 1) / kTile * kTile; }
 
 // Rows of activations in the forms that GEMM reads; unused forms are null. Strides: `columns` for f32,
-// `padded_columns` for q8, i8 and bf16, `padded_columns / kGroup` for the meta of groups, 1 for that of rows.
+// `padded_columns` for q8, i8 and bf16, `padded_columns / kGroup` for the meta of groups, 1 for that of rows. Panels
+// only where the first row is the first of one.
 struct Activations {
   const float* f32 = nullptr;
   const int8_t* q8 = nullptr;
   const GroupMeta* q8_meta = nullptr;
+  const int8_t* panels = nullptr;
+  const PanelMeta* panel_meta = nullptr;
   const int8_t* i8 = nullptr;
   const RowMeta* i8_meta = nullptr;
   const uint16_t* bf16 = nullptr;

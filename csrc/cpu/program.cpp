@@ -26,13 +26,18 @@ Program::Program(const std::string& isa, int num_threads, const ProgramLimits& l
 
 void Program::reserve_arena(size_t num_bytes) { arena_ = Mapping(num_bytes, false); }
 
+size_t Program::value_bytes(Rows rows, int64_t columns, unsigned forms) const {
+  return llmserve::value_bytes(max_rows(rows), columns, forms, kernels_.reads_panels);
+}
+
 const Value* Program::add_value(Rows rows, int64_t columns, unsigned forms, size_t offset) {
   if (columns <= 0) throw std::invalid_argument("columns: must be positive");
   if ((forms & (kFormQ8)) != 0 && columns % kGroup != 0)
     throw std::invalid_argument("columns: int8 activations need a multiple of 32");
-  if (offset % 64 != 0 || offset + value_bytes(max_rows(rows), columns, forms) > arena_.size())
+  if (offset % 64 != 0 || offset + value_bytes(rows, columns, forms) > arena_.size())
     throw std::invalid_argument("offset: outside the arena");
-  values_.push_back(std::make_unique<Value>(place_value(arena_.data() + offset, rows, max_rows(rows), columns, forms)));
+  values_.push_back(std::make_unique<Value>(
+      place_value(arena_.data() + offset, rows, max_rows(rows), columns, forms, kernels_.reads_panels)));
   return values_.back().get();
 }
 

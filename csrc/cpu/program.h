@@ -41,6 +41,7 @@ class Program {
 
   // Arena and values.
   void reserve_arena(size_t num_bytes);
+  size_t value_bytes(Rows rows, int64_t columns, unsigned forms) const;
   const Value* add_value(Rows rows, int64_t columns, unsigned forms, size_t offset);
   int64_t max_rows(Rows rows) const { return rows == Rows::kTokens ? limits_.max_num_tokens : limits_.max_logit_rows; }
 

@@ -18,6 +18,8 @@ struct Value {
   float* f32 = nullptr;
   int8_t* q8 = nullptr;
   GroupMeta* q8_meta = nullptr;
+  int8_t* panels = nullptr;  // of q8, where the kernels read them
+  PanelMeta* panel_meta = nullptr;
   uint16_t* bf16 = nullptr;
   int8_t* i8 = nullptr;
   RowMeta* i8_meta = nullptr;
@@ -28,17 +30,25 @@ struct Value {
     x.columns = columns;
     if (f32 != nullptr) x.f32 = f32 + row * columns;
     if (q8 != nullptr) x.q8 = q8 + row * padded, x.q8_meta = q8_meta + row * (padded / kGroup);
+    if (panels != nullptr && row % kPanelRows == 0) {
+      x.panels = panels + row / kPanelRows * (padded / kGroup) * kPanelBytes;
+      x.panel_meta = panel_meta + row / kPanelRows * (padded / kGroup);
+    }
     if (bf16 != nullptr) x.bf16 = bf16 + row * padded;
     if (i8 != nullptr) x.i8 = i8 + row * padded, x.i8_meta = i8_meta + row;
     return x;
   }
 };
 
-// Bytes of the arena that `num_rows` rows take.
-size_t value_bytes(int64_t num_rows, int64_t columns, unsigned forms);
+// Bytes of the arena that `num_rows` rows take; `panels`: whether the q8 form has them.
+size_t value_bytes(int64_t num_rows, int64_t columns, unsigned forms, bool panels);
 
 // Lays the forms out from `base` on (64-byte aligned).
-Value place_value(uint8_t* base, Rows rows, int64_t num_rows, int64_t columns, unsigned forms);
+Value place_value(uint8_t* base, Rows rows, int64_t num_rows, int64_t columns, unsigned forms, bool panels);
+
+// Copies groups [first, first + count) of a row of codes into its place in the panels; `groups` in a whole row.
+void write_panels(const int8_t* codes, const GroupMeta* meta, int64_t row, int64_t groups, int64_t first, int64_t count,
+                  int8_t* panels, PanelMeta* panel_meta);
 
 // Writes `n` columns from `column` on in every form of the value. The q8 form needs both to be multiples
 // of 32, the i8 form whole rows.

@@ -1,5 +1,6 @@
 #include "tests/gemm_case.h"
 
+#include "cpu/value.h"
 #include "tests/numbers.h"
 
 namespace llmserve::test {
@@ -160,6 +161,10 @@ Activations ActivationRows::at(int64_t row) const {
   x.f32 = f32.data() + row * columns;
   x.q8 = q8.data() + row * padded;
   x.q8_meta = q8_meta.data() + row * (padded / kGroup);
+  if (row % kPanelRows == 0) {
+    x.panels = panels.data() + row / kPanelRows * (padded / kGroup) * kPanelBytes;
+    x.panel_meta = panel_meta.data() + row / kPanelRows * (padded / kGroup);
+  }
   x.i8 = i8.data() + row * padded;
   x.i8_meta = i8_meta.data() + row;
   x.bf16 = bf16.data() + row * padded;
@@ -172,6 +177,8 @@ void ActivationRows::fill_forms() {
     const float* x = f32.data() + row * columns;
     kernels.quantize_q8(x, q8.data() + row * padded, q8_meta.data() + row * (padded / kGroup),
                         columns / kGroup * kGroup);
+    write_panels(q8.data() + row * padded, q8_meta.data() + row * (padded / kGroup), row, padded / kGroup, 0,
+                 columns / kGroup, panels.data(), panel_meta.data());
     i8_meta[static_cast<size_t>(row)] = kernels.quantize_i8(x, i8.data() + row * padded, columns);
     kernels.round_bf16(x, bf16.data() + row * padded, columns);
     if (columns % 2 != 0) bf16[static_cast<size_t>(row * padded + columns)] = 0;
@@ -190,6 +197,11 @@ ActivationRows random_rows(Random& random, int num_rows, int64_t columns, Draw d
   rows.bf16 = Exact<uint16_t>(padded);
   rows.q8_meta = Exact<GroupMeta>(padded / kGroup);
   rows.i8_meta = Exact<RowMeta>(static_cast<size_t>(num_rows));
+  const size_t num_panels = static_cast<size_t>((num_rows + kPanelRows - 1) / kPanelRows * (rows.padded / kGroup));
+  rows.panels = Exact<int8_t>(num_panels * kPanelBytes);
+  rows.panel_meta = Exact<PanelMeta>(num_panels);
+  std::memset(rows.panels.data(), 0x55, rows.panels.num_bytes());
+  std::memset(rows.panel_meta.data(), 0xFF, rows.panel_meta.num_bytes());
   std::memset(rows.q8.data(), 0x55, rows.q8.num_bytes());
   std::memset(rows.q8_meta.data(), 0xFF, rows.q8_meta.num_bytes());  // NaN
   std::memset(rows.bf16.data(), 0xFF, rows.bf16.num_bytes());

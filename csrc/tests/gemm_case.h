@@ -34,6 +34,8 @@ struct ActivationRows {
   Exact<uint16_t> bf16;
   Exact<GroupMeta> q8_meta;
   Exact<RowMeta> i8_meta;
+  Exact<int8_t> panels;
+  Exact<PanelMeta> panel_meta;
 
   Activations at(int64_t row) const;
   void fill_forms();  // from f32

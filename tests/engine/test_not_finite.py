@@ -12,8 +12,8 @@ from llmserve.config import KVCacheDtype
 from llmserve.engine.engine import Engine
 from llmserve.types import Output, Request, SamplingParams
 from tests.engine.test_determinism import LIMITS, MAX_TOKENS, Recorder, make_engine, make_requests, run, to_bits
-from tests.ops.op_running import available_isas
 from tests.ops.poison import POISON, poisoned_executor
+from tests.ops.running import available_isas
 from tests.tiny.checkpoints import write
 from tests.tiny.models import VOCAB_SIZE, TinyModel
 

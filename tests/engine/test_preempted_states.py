@@ -15,7 +15,7 @@ import pytest
 from llmserve.engine.engine import Engine
 from llmserve.types import Output, Request, SamplingParams
 from tests.engine.test_determinism import Bits, Recorder, load, make_engine, to_bits
-from tests.ops.op_running import available_isas
+from tests.ops.running import available_isas
 from tests.tiny.checkpoints import write
 from tests.tiny.models import VOCAB_SIZE, TinyModel
 

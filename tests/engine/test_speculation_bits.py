@@ -21,8 +21,8 @@ from llmserve.types import Output, Request, SamplingParams
 from tests.engine import test_determinism as determinism
 from tests.engine.guesses import Guess, speculate
 from tests.engine.test_determinism import ARMS, Bits, Recorder, alone, assert_same_bits, load, to_bits
-from tests.ops.op_running import available_isas
 from tests.ops.poison import POISON
+from tests.ops.running import available_isas
 from tests.tiny.checkpoints import write
 from tests.tiny.models import VOCAB_SIZE, TinyModel
 

@@ -28,12 +28,6 @@ Logits = NDArray[np.float32]
 Mutation = Callable[[Plan], None]
 
 
-def available_isas() -> list[str]:
-    """Kernel tables that this machine has, by name."""
-    best = ("scalar", "avx2", "avx512").index(_C.best_isa())
-    return ["scalar", "avx2", "avx512"][: best + 1]
-
-
 def executor_config(isa: str = "", *, exact: bool = False) -> ExecutorConfig:
     return ExecutorConfig(max_num_tokens=NUM_TOKENS, max_num_seqs=4, max_logit_rows=NUM_TOKENS, max_model_len=MAX_LEN,
                           num_threads=2, exact=exact, isa=isa)  # fmt: skip

@@ -15,13 +15,13 @@ from tests.ops.bounds import op_bound
 from tests.ops.networks import NETWORKS, VOCAB, Maker, WeightType
 from tests.ops.op_running import (
     NUM_TOKENS,
-    available_isas,
     compile_plan,
     cpu_logits,
     deviation,
     executor_config,
     reference_logits,
 )
+from tests.ops.running import available_isas
 from tests.ops.seeds import fresh_seed
 
 

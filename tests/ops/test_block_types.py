@@ -19,8 +19,17 @@ from llmserve.ops.protocol import AttentionSpec, Executor, Ops, Value
 from llmserve.types import CheckpointTensor
 from tests.ops.bounds import TINY, precision, tiny_bound
 from tests.ops.networks import VOCAB, Maker
-from tests.ops.op_running import OpenCpuExecutor, available_isas, executor_config
-from tests.ops.running import ARMS, Piece, build_executor, errors, make_step, new_sequence, prompt_logprobs
+from tests.ops.op_running import OpenCpuExecutor, executor_config
+from tests.ops.running import (
+    ARMS,
+    Piece,
+    available_isas,
+    build_executor,
+    errors,
+    make_step,
+    new_sequence,
+    prompt_logprobs,
+)
 from tests.ops.seeds import fresh_seed
 from tests.tiny import checkpoints
 from tests.tiny.models import BLOCK_MODELS, VOCAB_SIZE, TinyModel, prompt_ids

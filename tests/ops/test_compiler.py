@@ -70,7 +70,8 @@ def test_compiled_networks_have_apart_and_aligned_buffers(name: str) -> None:
 
 
 def bytes_of(buffer: n.Buffer) -> int:
-    return _C.value_bytes(13, buffer.columns, buffer.forms)
+    program = _C.Program("", 1, max_num_tokens=13, max_num_seqs=1, max_logit_rows=13, max_position=13)
+    return program.value_bytes(buffer.rows, buffer.columns, buffer.forms)
 
 
 def test_the_arena_of_many_layers_is_not_larger_than_that_of_two() -> None:

@@ -17,8 +17,7 @@ from llmserve.checkpoints.store import Store
 from llmserve.config import ExecutorConfig
 from llmserve.models.catalog import load_model
 from llmserve.ops.protocol import Executor, StepInput, StepOutput
-from tests.ops.op_running import available_isas
-from tests.ops.running import Piece, make_step, new_sequence
+from tests.ops.running import Piece, available_isas, make_step, new_sequence
 from tests.ops.seeds import fresh_seed
 from tests.tiny import checkpoints
 from tests.tiny.models import MODELS, VOCAB_SIZE

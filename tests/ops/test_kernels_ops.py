@@ -12,14 +12,13 @@ from tests.ops.bounds import op_bound
 from tests.ops.networks import NETWORKS, QUANTIZED, WHOLE_SEQUENCES, WeightType
 from tests.ops.op_running import (
     OpenCpuExecutor,
-    available_isas,
     cpu_logits,
     deviation,
     draw,
     executor_config,
     reference_logits,
 )
-from tests.ops.running import Piece, make_step, new_sequence
+from tests.ops.running import Piece, available_isas, make_step, new_sequence
 from tests.ops.seeds import fresh_seed
 
 

@@ -13,8 +13,7 @@ from llmserve.config import ExecutorConfig, KVCacheDtype
 from llmserve.errors import InvalidRequest
 from llmserve.models.catalog import load_model
 from llmserve.ops.protocol import Executor
-from tests.ops.op_running import available_isas
-from tests.ops.running import Piece, make_step, new_sequence
+from tests.ops.running import Piece, available_isas, make_step, new_sequence
 from tests.tiny import checkpoints
 from tests.tiny.models import MODELS, VOCAB_SIZE
 

@@ -11,9 +11,8 @@ import pytest
 from llmserve.config import ExecutorConfig, KVCacheDtype
 from llmserve.engine.kv_cache import PagedExecutor
 from llmserve.ops.protocol import NO_TOKEN, NOT_FINITE, StepOutput
-from tests.ops.op_running import available_isas
 from tests.ops.poison import POISON, poisoned_executor
-from tests.ops.running import Piece, make_step, new_sequence
+from tests.ops.running import Piece, available_isas, make_step, new_sequence
 from tests.ops.sampling_states import make_states, sample_both
 from tests.ops.test_sampler import Filters, make_rows
 from tests.tiny import checkpoints

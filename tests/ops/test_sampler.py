@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from llmserve import _C
 from llmserve.ops import philox, reference_sampler
 from llmserve.ops.protocol import NOT_FINITE, StepInput, StepOutput
-from tests.ops.op_running import available_isas
-from tests.ops.running import Piece, make_step
+from tests.ops.running import Piece, available_isas, make_step
 from tests.ops.seeds import fresh_seed
 
 Logits = NDArray[np.float32]
@@ -48,10 +47,10 @@ FILTERS: Final = {
 def compiled_sample(logits: Logits, step: StepInput, *, isa: str = "") -> StepOutput:
     """Rows of `logits` [R, vocab] through the extension: an embedding whose rows are the logits, then the sampler."""
     num_rows, vocab = logits.shape
-    size = _C.value_bytes(num_rows, vocab, F32)
     program = _C.Program(
         isa, 2, max_num_tokens=num_rows, max_num_seqs=1, max_logit_rows=num_rows, max_position=num_rows
     )
+    size = program.value_bytes("logits", vocab, F32)
     program.reserve_arena(2 * size)
     tokens, gathered = program.add_value("tokens", vocab, F32, 0), program.add_value("logits", vocab, F32, size)
     table = _C.TensorView(memoryview(np.ascontiguousarray(logits).tobytes()), "f32", num_rows, vocab, "logits")

@@ -13,7 +13,7 @@ import pytest
 from llmserve import _C
 from llmserve.ops import reference_sampler
 from llmserve.ops.protocol import NO_TOKEN
-from tests.ops.op_running import available_isas
+from tests.ops.running import available_isas
 from tests.ops.sampling_state_twin import SamplingStateTwin
 from tests.ops.sampling_states import (
     NUM_STEPS,

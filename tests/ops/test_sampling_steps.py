@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmserve import _C
 from llmserve.ops.protocol import NO_TOKEN, StepInput
-from tests.ops.op_running import available_isas
+from tests.ops.running import available_isas
 from tests.ops.sampling_states import (
     Options,
     make_state,
@@ -113,7 +113,7 @@ def test_raw_logprobs_are_not_those_of_the_edited_logits() -> None:
 def sampling_only(vocab: int) -> tuple[_C.Program, _C.BlockPool]:
     """A program whose only node samples, from logits that are zero."""
     program = _C.Program("", 1, max_num_tokens=4, max_num_seqs=1, max_logit_rows=4, max_position=16)
-    program.reserve_arena(_C.value_bytes(4, vocab, F32))
+    program.reserve_arena(program.value_bytes("logits", vocab, F32))
     program.add_sample(program.add_value("logits", vocab, F32, 0))
     program.allocate_kv(1, 1, 1, 16)
     return program, _C.BlockPool(1, 16)

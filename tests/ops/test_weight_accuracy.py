@@ -18,7 +18,8 @@ from llmserve.ops import Forward
 from llmserve.ops.protocol import AttentionSpec, Ops, Value
 from llmserve.types import CheckpointTensor
 from tests.ops.networks import VOCAB, Maker
-from tests.ops.op_running import NUM_TOKENS, available_isas, cpu_logits, executor_config
+from tests.ops.op_running import NUM_TOKENS, cpu_logits, executor_config
+from tests.ops.running import available_isas
 from tests.ops.seeds import fresh_seed
 from tests.tiny.quantizers import BLOCK_TYPES, INTEGER_TYPES, quantize, quantize_integers
 
