@@ -33,6 +33,8 @@ MANY_ROWS: Final = {
 """From 16 rows on, by packed type."""
 UNJUDGED: Final = frozenset({"q4_nl", "q5_0", "q5_1", "q2_k", "q3_k", "q6_k", "f32"})
 """Types that nothing was promised for: their figures are printed."""
+UNJUDGED_ISA: Final = "amx"
+"""The roof there is that of the matrix unit, which weights in groups cannot come near: scaling sums is vector work."""
 LIBRARY_TYPE: Final = "i8"
 """Must be as fast as the library at LIBRARY_ROWS rows of the square matrix."""
 LIBRARY_ROWS: Final = 2048
