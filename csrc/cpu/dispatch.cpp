@@ -49,9 +49,9 @@ CpuFeatures detect() {
   const bool zmm_state = (state & 0xE6) == 0xE6;
   features.avx512 = features.avx2 && zmm_state && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);
   features.vnni = features.avx512 && bit(c, 11);
-  const bool unit_state = (state & 0x60000) == 0x60000;
-  features.amx = features.vnni && unit_state && bit(d, 24) && bit(d, 25) && may_use_matrix_unit();
+  const bool has_unit = (state & 0x60000) == 0x60000 && bit(d, 24) && bit(d, 25);
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) features.bf16 = features.vnni && bit(a, 5);
+  features.amx = features.bf16 && has_unit && may_use_matrix_unit();
   return features;
 }
 #else

@@ -469,7 +469,7 @@ void fill_type(KernelTable& table) {
 
 }  // namespace
 
-void fill(KernelTable& table) {
+void fill_gemm(KernelTable& table) {
   table.name = "amx";
   table.reads_panels = true;
   fill_type<PackedType::kQ4_0>(table);

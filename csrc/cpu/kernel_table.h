@@ -127,7 +127,8 @@ void fill(KernelTable& table);
 }
 namespace amx {
 void fill(KernelTable& table);
-}
+void fill_gemm(KernelTable& table);  // the entries of quantized weights; a part of `fill`
+}  // namespace amx
 #endif
 
 }  // namespace llmserve
