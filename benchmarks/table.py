@@ -31,6 +31,8 @@ SAME_TYPE: Final = RESULTS / "peers_same_type.json"
 HALF_BILLION: Final = RESULTS / "peers_05b.json"
 VLLM: Final = RESULTS / "peers_vllm.json"
 LONG: Final = RESULTS / "peers_long.json"
+AMX: Final = RESULTS / "peers_amx.json"
+"""`SPEED` without HTTP, on a processor with a matrix unit."""
 
 
 def accuracy_table(result: Accuracy) -> str:
@@ -92,7 +94,7 @@ def written_files() -> dict[Path, str]:
         short, full = speed_table(result, full=False), speed_table(result, full=True)
         files[PLOT] = plot(result)
         full += f"\n![throughput](../{PLOT.relative_to(ROOT)})\n"
-    for path in (SAME_TYPE, HALF_BILLION, VLLM, LONG):
+    for path in (SAME_TYPE, HALF_BILLION, VLLM, AMX, LONG):
         if path.exists():
             full += f"\n{speed_table(load_comparison(path), full=True)}"
     recorded = Recorded(
