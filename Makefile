@@ -82,9 +82,25 @@ demo: build ## from nothing to one streamed answer of MODEL to PROMPT
 # --- test ------------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: dev test-cpp ## C++ tests under sanitizers, then pytest; ends with the list of skips and their reasons
+test: dev test-cpp test-cuda ## C++ tests under sanitizers, then pytest; ends with the list of skips and their reasons
 	@$(BIN)/llmserve pull smollm2 || echo "the default model could not be fetched: tests that need it will skip"
-	@$(BIN)/python -m pytest -q -rs $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -rs --ignore tests/cuda $(PYTEST_ARGS)
+
+# The packages of .venv, and torch for CPUs beside them.
+TORCH_BIN := .venv-torch/bin
+TORCH_SITE = $$($(TORCH_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+BASE_SITE = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+.venv-torch/.stamp: requirements/torch.txt .venv/.stamp-dev
+	@echo "installing torch into .venv-torch"
+	@test -x $(TORCH_BIN)/python || $(BIN)/python -m venv .venv-torch
+	@$(TORCH_BIN)/python $(PIP) install -r requirements/torch.txt
+	@echo "$(BASE_SITE)" >"$(TORCH_SITE)/llmserve.pth"
+	@touch $@
+
+.PHONY: test-cuda
+test-cuda: .venv-torch/.stamp ## the CUDA executor with its kernels in torch: whole networks without a GPU
+	@$(TORCH_BIN)/python -m pytest -q -rs -m "not gpu" tests/cuda $(PYTEST_ARGS)
 
 .PHONY: test-cpp
 test-cpp: .venv-build/.stamp ## C++ tests under ASan + UBSan (all ISA levels) and TSan (scalar)
@@ -113,6 +129,7 @@ check-python: dev
 check-cpp: dev
 	@$(BIN)/clang-format --dry-run --Werror $(CPP_FORMATTED)
 	@$(BIN)/python scripts/check_isa_symbols.py
+	@$(BIN)/python scripts/check_cuda.py
 
 .PHONY: wheel
 wheel: .venv-build/.stamp ## build the wheel into dist/
@@ -156,11 +173,19 @@ kernel-bench-build: .venv-build/.stamp
 kernel-bench: build kernel-bench-build ## CPU GEMM kernels against the roofs of this machine (BENCH_ARGS=--quick: 20 s)
 	@$(BIN)/python -m benchmarks.kernels $(BENCH_ARGS)
 
+.PHONY: cuda
+cuda: .venv-build/.stamp ## build the CUDA kernels for sm_80, sm_90a and later (needs nvcc)
+	@command -v nvcc >/dev/null || { echo "make cuda needs nvcc (the CUDA toolkit)" >&2; exit 1; }
+	@mkdir -p build
+	@$(CMAKE) --preset cuda >build/cuda.log || { cat build/cuda.log; exit 1; }
+	@$(CMAKE) --build build/cuda --target llmserve_cuda -j "$$(nproc)" >build/cuda.log || { cat build/cuda.log; exit 1; }
+	@cp build/cuda/libllmserve_cuda.so llmserve/
+
 .PHONY: gpu-test
-gpu-test: dev ## tests that need an NVIDIA GPU
+gpu-test: ## tests that need an NVIDIA GPU
 	@if ! $(HAS_GPU); then echo "skipped: no NVIDIA GPU (nvidia-smi finds none)"; \
-	elif ! $(call HAS_FILES,tests/gpu/test_*.py); then echo "skipped: there are no GPU tests"; \
-	else $(BIN)/python -m pytest -q -rs -m gpu tests/gpu; fi
+	else $(MAKE) --no-print-directory cuda .venv-torch/.stamp \
+	&& $(TORCH_BIN)/python -m pytest -q -rs -m gpu tests/cuda; fi
 
 .PHONY: gpu-bench
 gpu-bench: dev ## benchmarks that need an NVIDIA GPU

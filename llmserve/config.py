@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 RopeStyle = Literal["half", "interleaved"]
+Device = Literal["cpu", "cuda", "reference"]
 KVCacheDtype = Literal["bf16", "int8"]
 Speculation = Literal["auto", "off"]
 DEFAULT_ITL_TARGET_MS = 50.0
@@ -98,7 +99,7 @@ class EngineConfig:
     """All that an engine process is told at its start."""
 
     model_path: Path
-    device: Literal["cpu", "reference"] = "cpu"
+    device: Device = "cpu"
     max_model_len: int = 0
     """0: the checkpoint's own, shortened to what the KV cache can hold."""
     max_num_seqs: int = 128

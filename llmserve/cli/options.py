@@ -15,6 +15,7 @@ from llmserve.config import (
     DEFAULT_ITL_TARGET_MS,
     DEFAULT_MAX_DRAFT_TOKENS,
     MAX_DRAFT_TOKENS,
+    Device,
     EngineConfig,
     KVCacheDtype,
     Speculation,
@@ -64,6 +65,14 @@ KVCacheMemory = Annotated[
     str,
     typer.Option(
         metavar="SIZE", rich_help_panel=_ENGINE, help="Size of the KV cache, e.g. `2GiB`; empty: by the free memory."
+    ),
+]
+DeviceOption = Annotated[
+    Device,
+    typer.Option(
+        "--device",
+        rich_help_panel=_ENGINE,
+        help="Where the model runs. `cuda` needs PyTorch and `make cuda`; `reference` is NumPy.",
     ),
 ]
 Threads = Annotated[
@@ -154,6 +163,7 @@ def engine_config(
     itl_target_ms: float = DEFAULT_ITL_TARGET_MS,
     prefix_cache: bool = True,
     kv_cache_memory: str = "",
+    device: Device = "cpu",
     threads: int = 0,
     exact: bool = False,
     packed_cache: bool = True,
@@ -173,6 +183,7 @@ def engine_config(
         itl_target_ms=itl_target_ms,
         enable_prefix_cache=prefix_cache,
         kv_cache_bytes=parse_byte_size(kv_cache_memory, param="--kv-cache-memory") if kv_cache_memory else 0,
+        device=device,
         num_threads=threads,
         exact=exact,
         packed_cache_bytes=None if packed_cache else 0,

@@ -89,6 +89,7 @@ def command(
     itl_target_ms: options.ItlTarget = DEFAULT_ITL_TARGET_MS,
     prefix_cache: options.PrefixCache = True,
     kv_cache_memory: options.KVCacheMemory = "",
+    device: options.DeviceOption = "cpu",
     threads: options.Threads = 0,
     exact: options.Exact = False,
     packed_cache: options.PackedCache = True,
@@ -102,7 +103,6 @@ def command(
     started_s = time.monotonic()
     options.configure_logging(log_level)
     template = _read_template(chat_template)
-    _clear(trace)
     with ProgressDisplay() as display:
         path = _resolve(model, display)
         engine = options.engine_config(
@@ -114,6 +114,7 @@ def command(
             itl_target_ms=itl_target_ms,
             prefix_cache=prefix_cache,
             kv_cache_memory=kv_cache_memory,
+            device=device,
             threads=threads,
             exact=exact,
             packed_cache=packed_cache,
@@ -131,8 +132,7 @@ def command(
             generation_defaults=generation_config is GenerationConfig.MODEL,
             chat_template=template,
         )
-        _run(engine, server, display, started_s=started_s)
-    return 0
+        return _run(engine, server, display, started_s=started_s)
 
 
 def _clear(trace: Path | None) -> None:
@@ -170,9 +170,10 @@ def _resolve(model: str, display: ProgressDisplay) -> Path:
     return pull.resolve(model, progress=display)
 
 
-def _run(engine: EngineConfig, server: ServerConfig, display: ProgressDisplay, *, started_s: float) -> None:
+def _run(engine: EngineConfig, server: ServerConfig, display: ProgressDisplay, *, started_s: float) -> int:
     import uvloop
 
+    _clear(engine.trace_path)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             runner.run(_serve(engine, server, display, started_s=started_s))
@@ -180,6 +181,7 @@ def _run(engine: EngineConfig, server: ServerConfig, display: ProgressDisplay, *
             if isinstance(error, socket.gaierror) or error.errno in _ADDRESS_ERRORS:
                 raise InvalidRequest(_address_error(server, error)) from error
             raise
+    return 0
 
 
 async def _serve(engine: EngineConfig, server: ServerConfig, display: ProgressDisplay, *, started_s: float) -> None:

@@ -17,6 +17,7 @@ from llmserve.engine.trace import StepTrace
 from llmserve.errors import InvalidRequest
 from llmserve.models import catalog
 from llmserve.ops import Progress
+from llmserve.ops.protocol import DeviceExecutor
 from llmserve.types import EngineInfo
 
 MIN_LOGIT_ROWS = 64
@@ -50,7 +51,7 @@ def load_engine(config: EngineConfig, *, progress: Progress) -> Engine:
         progress=_releasing(checkpoint, progress),
     )
     checkpoint.release_pages()
-    available = available_bytes()
+    available = cast(DeviceExecutor, executor).free_bytes() if config.device == "cuda" else available_bytes()
     kv_plan = fit_kv_cache(
         config,
         max_position=model.max_position,

@@ -13,7 +13,7 @@ from llmserve.config import ExecutorConfig, ModelConfig
 from llmserve.errors import ExtensionNotBuilt, InvalidRequest
 from llmserve.ops.protocol import Executor, Ops, Value
 
-EXECUTORS: Final = ("cpu", "reference")
+EXECUTORS: Final = ("cpu", "cuda", "reference")
 
 Forward = Callable[[Ops], Value]
 """A model file bound to its tensors: says one forward pass against the ops it is given."""
@@ -41,6 +41,10 @@ def load(name: str) -> ExecutorModule:
     try:
         module = import_module(f"llmserve.ops.{name}")
     except ModuleNotFoundError as error:
+        if error.name == "torch":
+            raise ExtensionNotBuilt(
+                "device cuda needs PyTorch with CUDA in this environment: pip install torch"
+            ) from error
         if error.name != "llmserve._C":
             raise
         raise ExtensionNotBuilt("the compiled extension llmserve._C is missing; build it with: make build") from error

@@ -266,3 +266,10 @@ class Executor(Protocol):
 
     def collect(self) -> StepOutput:
         """Wait for the step launched last."""
+
+
+class DeviceExecutor(Executor, Protocol):
+    """An executor whose KV cache lies in memory of its own."""
+
+    def free_bytes(self) -> int:
+        """What the cache could take of it."""

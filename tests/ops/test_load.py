@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from llmserve import ops
 from llmserve.checkpoints import Checkpoint, open_checkpoint
 from llmserve.config import RopeConfig
-from llmserve.errors import CheckpointError, InvalidRequest
+from llmserve.errors import CheckpointError, ExtensionNotBuilt, InvalidRequest
 from llmserve.models import llama
 from llmserve.models.catalog import MODELS as CATALOG
 from llmserve.models.catalog import load_model
@@ -26,8 +27,14 @@ def qwen3(tmp_path: Path) -> Checkpoint:
     return open_checkpoint(checkpoints.write(MODELS["qwen3"], tmp_path))
 
 
+@pytest.mark.skipif(find_spec("torch") is not None, reason="torch is installed in this environment")
+def test_cuda_without_torch_says_what_is_missing() -> None:
+    with pytest.raises(ExtensionNotBuilt, match="device cuda needs PyTorch"):
+        ops.load("cuda")
+
+
 def test_an_unknown_executor_is_named_with_those_there_are() -> None:
-    with pytest.raises(InvalidRequest, match="'abacus'; there are: cpu, reference"):
+    with pytest.raises(InvalidRequest, match="'abacus'; there are: cpu, cuda, reference"):
         ops.load("abacus")
 
 

@@ -1,0 +1,20 @@
+// RMS norm of rows, before it an addition to the residual stream.
+#pragma once
+
+#include "cuda/abi.h"
+
+namespace llmserve::cuda {
+
+struct RmsNormArgs {
+  const void* x;        // [rows][columns], row r at x + r * x_stride elements
+  void* residual;       // null, or [rows][columns] dense: becomes residual + x, which is what is normalized
+  const float* weight;  // [columns]
+  void* out;            // [rows][columns], row r at out + r * out_stride; may be x
+  int64_t rows, columns, x_stride, out_stride;
+  float eps;
+  Type type;  // of x, residual and out
+};
+
+}  // namespace llmserve::cuda
+
+LLMSERVE_CUDA_API int32_t llmserve_cuda_rms_norm(const llmserve::cuda::RmsNormArgs* args, void* stream);

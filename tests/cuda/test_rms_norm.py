@@ -1,0 +1,111 @@
+"""RMS norm by every kind of launchers against float64: odd shapes, strides, guard zones, a residual stream."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pytest
+
+from tests.ops.seeds import fresh_seed
+
+torch = pytest.importorskip("torch", reason="torch is not installed in this environment: make test-cuda")
+
+if TYPE_CHECKING:
+    from torch import Tensor, device, dtype
+
+    from llmserve.ops.cuda_library import Launchers
+
+EPS: Final = 1e-5
+ROUNDING: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2e-6}
+"""Half a unit in the last place, relative, and for float32 the order of the sum."""
+SMALLEST: Final = {torch.bfloat16: 1e-30, torch.float16: 2.0**-25, torch.float32: 1e-30}
+"""Half the step between the smallest numbers."""
+SHAPES: Final = (
+    (1, 64),
+    (7, 64),
+    (513, 64),
+    (5, 80),
+    (3, 128),
+    (2, 576),
+    (9, 1000),
+    (4, 4096),
+    (2, 8192),
+    (3, 7),
+    (1, 1),
+)
+GUARD: Final = 64
+
+
+def draw(shape: tuple[int, int], kind: dtype, on: device, stride: int) -> tuple[Tensor, Tensor]:
+    """Rows `stride` values apart, and the whole memory they are a part of, poisoned around them."""
+    rows, columns = shape
+    memory = torch.full((GUARD + rows * stride + GUARD,), float("nan"), dtype=kind, device=on)
+    view = memory[GUARD : GUARD + rows * stride].view(rows, stride)[:, :columns]
+    random = np.random.default_rng(fresh_seed())
+    scale = 10.0 ** random.uniform(-3, 3, (rows, 1))
+    view.copy_(torch.from_numpy(random.standard_normal(shape) * scale).to(kind))
+    return view, memory
+
+
+def expected(x: Tensor, weight: Tensor) -> Tensor:
+    values = x.double()
+    return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + EPS) * weight.double()
+
+
+@pytest.mark.parametrize("kind", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("gap", [0, 8, 3])
+def test_agrees_with_float64(launchers: Launchers, shape: tuple[int, int], gap: int, kind: dtype) -> None:
+    x, _ = draw(shape, kind, launchers.device, shape[1] + gap)
+    out, memory = draw(shape, kind, launchers.device, shape[1] + gap)
+    weight = torch.randn(shape[1], device=launchers.device)
+    launchers.rms_norm(x, weight, out, eps=EPS)
+    want = expected(x, weight)
+    assert ((out.double() - want).abs() <= 1.002 * (ROUNDING[kind] * want.abs() + SMALLEST[kind])).all()
+    assert memory.isnan().sum() == memory.numel() - out.numel(), "it wrote between rows or around them"
+
+
+@pytest.mark.parametrize("kind", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_residual_stream_is_what_is_normalized(launchers: Launchers, shape: tuple[int, int], kind: dtype) -> None:
+    x, _ = draw(shape, kind, launchers.device, shape[1])
+    residual, memory = draw(shape, kind, launchers.device, shape[1])
+    summed = (x.float() + residual.float()).to(kind)
+    weight = torch.randn(shape[1], device=launchers.device)
+    out = torch.empty_like(x)
+    launchers.rms_norm(x, weight, out, eps=EPS, residual=residual)
+    assert torch.equal(residual, summed)
+    want = expected(summed, weight)
+    assert ((out.double() - want).abs() <= 1.002 * (ROUNDING[kind] * want.abs() + SMALLEST[kind])).all()
+    assert memory.isnan().sum() == memory.numel() - residual.numel()
+
+
+def test_a_row_does_not_depend_on_the_others(launchers: Launchers) -> None:
+    x, _ = draw((37, 576), torch.bfloat16, launchers.device, 576)
+    weight = torch.randn(576, device=launchers.device)
+    together, alone = torch.empty_like(x), torch.empty_like(x)
+    launchers.rms_norm(x, weight, together, eps=EPS)
+    for row in range(len(x)):
+        launchers.rms_norm(x[row : row + 1], weight, alone[row : row + 1], eps=EPS)
+    assert torch.equal(together, alone)
+
+
+def test_no_rows_are_no_work(launchers: Launchers) -> None:
+    x = torch.empty((0, 64), dtype=torch.bfloat16, device=launchers.device)
+    launchers.rms_norm(x, torch.ones(64, device=launchers.device), torch.empty_like(x), eps=EPS)
+
+
+@pytest.mark.parametrize("wrong", ["x", "weight", "out", "residual"])
+def test_a_tensor_that_does_not_fit_is_named(launchers: Launchers, wrong: str) -> None:
+    on = launchers.device
+    tensors = {name: torch.zeros((3, 64), dtype=torch.bfloat16, device=on) for name in ("x", "out", "residual")}
+    tensors["weight"] = torch.zeros(64, device=on)
+    tensors[wrong] = {
+        "x": tensors["x"].long(),
+        "weight": tensors["weight"].bfloat16(),
+        "out": tensors["out"][:2],
+        "residual": torch.zeros((3, 128), dtype=torch.bfloat16, device=on)[:, ::2],
+    }[wrong]
+    with pytest.raises(ValueError, match=f"^{wrong}: "):
+        launchers.rms_norm(tensors["x"], tensors["weight"], tensors["out"], eps=EPS, residual=tensors["residual"])
