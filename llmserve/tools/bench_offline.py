@@ -81,7 +81,12 @@ def run_offline(
     longest = max((*load.prefill_tokens, load.prompt_tokens + 4 * load.output_tokens)) + 64
     # Random prompts soon repeat themselves: drafts would say more about those than about the engine.
     config = EngineConfig(
-        model_path=model, max_model_len=longest, num_threads=num_threads, exact=exact, speculation="off"
+        model_path=model,
+        max_model_len=longest,
+        num_threads=num_threads,
+        exact=exact,
+        speculation="off",
+        itl_target_ms=0.0,  # no stream waits for its tokens here: prompts are computed in whole steps
     )
     engine = load_engine(config, progress=progress)
     return _Bench(engine, config, load).run()
