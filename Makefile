@@ -99,7 +99,7 @@ BASE_SITE = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("pur
 	@touch $@
 
 .PHONY: test-cuda
-test-cuda: .venv-torch/.stamp ## the CUDA executor with its kernels in torch: whole networks without a GPU
+test-cuda: .venv-torch/.stamp cuda-emulator ## the CUDA executor with its kernels in torch: whole networks without a GPU
 	@$(TORCH_BIN)/python -m pytest -q -rs -m "not gpu" tests/cuda $(PYTEST_ARGS)
 
 .PHONY: test-cpp
@@ -180,6 +180,13 @@ cuda: .venv-build/.stamp ## build the CUDA kernels for sm_80, sm_90a and later (
 	@$(CMAKE) --preset cuda >build/cuda.log || { cat build/cuda.log; exit 1; }
 	@$(CMAKE) --build build/cuda --target llmserve_cuda -j "$$(nproc)" >build/cuda.log || { cat build/cuda.log; exit 1; }
 	@cp build/cuda/libllmserve_cuda.so llmserve/
+
+.PHONY: cuda-emulator
+cuda-emulator: .venv-build/.stamp # the same kernels for the CPU: csrc/cuda/emulator
+	@if ! command -v nvcc >/dev/null; then echo "no CUDA kernels on the CPU: CUDA's headers are missing (the CUDA toolkit)"; exit 0; fi; \
+	mkdir -p build; \
+	{ $(CMAKE) --preset cuda-emulator && $(CMAKE) --build build/cuda-emulator -j "$$(nproc)"; } >build/cuda-emulator.log \
+		|| { cat build/cuda-emulator.log; exit 1; }
 
 .PHONY: gpu-test
 gpu-test: ## tests that need an NVIDIA GPU

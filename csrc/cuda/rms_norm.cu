@@ -2,9 +2,7 @@
 // group of threads has a row: as many as its vectors, so that heads of 64 values do not occupy whole blocks.
 #include "cuda/rms_norm.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "cuda/device.h"
 
 namespace llmserve::cuda {
 
@@ -15,25 +13,12 @@ constexpr int kWidth = 8;           // values of a vector
 constexpr int kVectors = 4;         // of a thread
 constexpr int kMostThreads = 1024;  // of a row
 constexpr int64_t kMostColumns = int64_t{kMostThreads} * kWidth * kVectors;
-constexpr int kWarp = 32;
-
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(float x) { return x; }
-__device__ void from_float(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
-__device__ void from_float(float x, __half& out) { out = __float2half_rn(x); }
-__device__ void from_float(float x, float& out) { out = x; }
-
-template <typename T>
-struct alignas(16) Vector {
-  T values[kWidth];
-};
 
 // Eight values from `column` on; past the row they are zero.
 template <typename T, bool kWhole>
 __device__ void load(const T* row, int64_t column, int64_t columns, float (&out)[kWidth]) {
   if constexpr (kWhole) {
-    const auto vector = *reinterpret_cast<const Vector<T>*>(row + column);
+    const auto vector = *reinterpret_cast<const Vector<T, kWidth>*>(row + column);
     for (int i = 0; i < kWidth; ++i) out[i] = to_float(vector.values[i]);
   } else {
     for (int i = 0; i < kWidth; ++i) out[i] = column + i < columns ? to_float(row[column + i]) : 0.0f;
@@ -43,9 +28,9 @@ __device__ void load(const T* row, int64_t column, int64_t columns, float (&out)
 template <typename T, bool kWhole>
 __device__ void store(T* row, int64_t column, int64_t columns, const float (&x)[kWidth]) {
   if constexpr (kWhole) {
-    Vector<T> vector;
+    Vector<T, kWidth> vector;
     for (int i = 0; i < kWidth; ++i) from_float(x[i], vector.values[i]);
-    *reinterpret_cast<Vector<T>*>(row + column) = vector;
+    *reinterpret_cast<Vector<T, kWidth>*>(row + column) = vector;
   } else {
     for (int i = 0; i < kWidth; ++i)
       if (column + i < columns) from_float(x[i], row[column + i]);
@@ -107,23 +92,23 @@ __global__ void rms_norm(RmsNormArgs args) {
 }
 
 template <typename T, int kThreads>
-void launch_rows(const RmsNormArgs& args, cudaStream_t stream) {
+cudaError_t launch_rows(const RmsNormArgs& args, cudaStream_t stream) {
   constexpr int kRows = kThreads < kBlock ? kBlock / kThreads : 1;
   const auto blocks = static_cast<unsigned>((args.rows + kRows - 1) / kRows);
-  const auto is_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vector<T>) == 0; };
+  const auto is_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vector<T, kWidth>) == 0; };
   const bool whole = args.columns % kWidth == 0 && args.x_stride % kWidth == 0 && args.out_stride % kWidth == 0 &&
                      is_aligned(args.x) && is_aligned(args.residual) && is_aligned(args.out);
-  whole ? rms_norm<T, kThreads, true><<<blocks, kRows * kThreads, 0, stream>>>(args)
-        : rms_norm<T, kThreads, false><<<blocks, kRows * kThreads, 0, stream>>>(args);
+  const auto kernel = whole ? rms_norm<T, kThreads, true> : rms_norm<T, kThreads, false>;
+  return launch(kernel, blocks, kRows * kThreads, 0, stream, args);
 }
 
 template <typename T>
-void launch(const RmsNormArgs& args, cudaStream_t stream) {
+cudaError_t launch_type(const RmsNormArgs& args, cudaStream_t stream) {
   const int64_t vectors = (args.columns + kWidth - 1) / kWidth;
   if (vectors <= 8) return launch_rows<T, 8>(args, stream);
   if (vectors <= 32) return launch_rows<T, 32>(args, stream);
   if (vectors <= 512) return launch_rows<T, 256>(args, stream);
-  launch_rows<T, kMostThreads>(args, stream);
+  return launch_rows<T, kMostThreads>(args, stream);
 }
 
 }  // namespace
@@ -136,10 +121,9 @@ LLMSERVE_CUDA_API int32_t llmserve_cuda_rms_norm(const llmserve::cuda::RmsNormAr
   if (args->rows < 0 || args->columns <= 0 || args->columns > kMostColumns) return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
   switch (args->type) {
-    case Type::kBF16: launch<__nv_bfloat16>(*args, on); break;
-    case Type::kF16: launch<__half>(*args, on); break;
-    case Type::kF32: launch<float>(*args, on); break;
+    case Type::kBF16: return launch_type<__nv_bfloat16>(*args, on);
+    case Type::kF16: return launch_type<__half>(*args, on);
+    case Type::kF32: return launch_type<float>(*args, on);
     default: return cudaErrorInvalidValue;
   }
-  return cudaGetLastError();
 }

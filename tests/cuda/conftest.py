@@ -1,4 +1,4 @@
-"""Tests of the CUDA executor: with the launchers in torch anywhere, with the kernels where there is a GPU."""
+"""Tests of the CUDA executor: in torch and with the kernels on the CPU anywhere, on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from llmserve.ops.cuda_library import Launchers
+    from llmserve.ops.cuda.launchers import Launchers
+
+KINDS = ("torch", "emulator", pytest.param("gpu", marks=pytest.mark.gpu))
 
 
-@pytest.fixture(params=["emulation", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=KINDS)
 def launchers(request: pytest.FixtureRequest) -> Launchers:
-    """Each kind of launchers in turn."""
+    """Each kind of launchers in turn: torch is the reference, the others run the kernels."""
     torch = pytest.importorskip("torch", reason="torch is not installed in this environment: make test-cuda")
+    from llmserve.ops.cuda.launchers import of_library
+    from llmserve.ops.cuda.library import open_library
+    from tests.cuda import emulation
+
     if request.param == "gpu" and not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU is usable here")
-    from llmserve.ops.cuda_library import CudaLibrary
-    from tests.cuda.emulation import TorchLaunchers
-
-    return CudaLibrary() if request.param == "gpu" else TorchLaunchers()
+    if request.param == "emulator" and not emulation.EMULATOR.exists():
+        pytest.skip("the kernels are not built for the CPU: make cuda-emulator, which needs CUDA's headers")
+    if request.param == "gpu":
+        return of_library(open_library())
+    return emulation.emulated_launchers() if request.param == "emulator" else emulation.torch_launchers()

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed in this envi
 if TYPE_CHECKING:
     from torch import Tensor, device, dtype
 
-    from llmserve.ops.cuda_library import Launchers
+    from llmserve.ops.cuda.launchers import Launchers
 
 EPS: Final = 1e-5
 ROUNDING: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2e-6}

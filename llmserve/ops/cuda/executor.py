@@ -22,7 +22,8 @@ from llmserve.checkpoints.dequantize import dequantize
 from llmserve.config import ExecutorConfig, ModelConfig
 from llmserve.errors import CheckpointError, InvalidRequest, OutOfMemory
 from llmserve.ops import Forward, Progress
-from llmserve.ops.cuda_library import CudaLibrary, Launchers
+from llmserve.ops.cuda.launchers import Launchers, of_library
+from llmserve.ops.cuda.library import open_library
 from llmserve.ops.protocol import (
     ActKind,
     AttentionSpec,
@@ -309,4 +310,4 @@ def build(
         raise InvalidRequest("kv_cache_dtype: on CUDA the cache is bfloat16", param="kv_cache_dtype")
     if executor_config.exact:
         raise InvalidRequest("exact: on CUDA weights and activations are bfloat16", param="exact")
-    return CudaExecutor(forward, executor_config, launchers or CudaLibrary(), progress=progress)
+    return CudaExecutor(forward, executor_config, launchers or of_library(open_library()), progress=progress)

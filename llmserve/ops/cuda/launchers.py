@@ -1,0 +1,23 @@
+"""All launchers that the executor calls, of the compiled library; tests have others of the same signatures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmserve.ops.cuda import rms_norm
+from llmserve.ops.cuda.library import CudaLibrary
+
+
+@dataclass(frozen=True, slots=True)
+class Launchers:
+    """One per op; each says in its own file what it takes."""
+
+    device: torch.device
+    rms_norm: rms_norm.RmsNorm
+
+
+def of_library(library: CudaLibrary) -> Launchers:
+    """The compiled kernels."""
+    return Launchers(device=library.device, rms_norm=rms_norm.launcher(library))

@@ -1,0 +1,71 @@
+"""RMS norm of rows (`csrc/cuda/rms_norm.cu`)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from llmserve.ops.cuda.library import TYPES, CudaLibrary, check, check_dense, check_device, pointer
+
+_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class RmsNorm(Protocol):
+    """The launcher."""
+
+    def __call__(self, x: Tensor, weight: Tensor, out: Tensor, *, eps: float, residual: Tensor | None = None) -> None:
+        """`out = x / rms(x) * weight` by rows.
+
+        x and out are [rows, columns] with dense rows, in one of bfloat16, float16 and float32; weight is float32. With
+        `residual` (dense, like x) it becomes `residual + x` first, and that is what is normalized.
+        """
+
+
+class _Args(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("type", ctypes.c_int32),
+    )
+
+
+def launcher(library: CudaLibrary) -> RmsNorm:
+    """The compiled kernel."""
+
+    def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float, residual: Tensor | None = None) -> None:
+        check_arguments(x, weight, out, residual)
+        arguments = _Args(
+            x=pointer(x),
+            residual=pointer(residual),
+            weight=pointer(weight),
+            out=pointer(out),
+            rows=x.shape[0],
+            columns=x.shape[1],
+            x_stride=x.stride(0),
+            out_stride=out.stride(0),
+            eps=eps,
+            type=TYPES[x.dtype],
+        )
+        library.call("rms_norm", arguments)
+
+    return rms_norm
+
+
+def check_arguments(x: Tensor, weight: Tensor, out: Tensor, residual: Tensor | None) -> None:
+    """Raises `ValueError` naming the argument that the kernel could not take."""
+    check("x", x, dtypes=_DTYPES, shape=x.shape[:1] + weight.shape)
+    check("weight", weight, dtypes=(torch.float32,), shape=weight.shape[:1])
+    check("out", out, dtypes=(x.dtype,), shape=tuple(x.shape))
+    if residual is not None:
+        check_dense("residual", residual, dtypes=(x.dtype,), shape=tuple(x.shape))
+    check_device(x=x, weight=weight, out=out, residual=residual)

@@ -1,0 +1,35 @@
+"""Launchers that need no GPU: in torch, with reference arithmetic; and the kernels' own sources on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from llmserve.ops.cuda.launchers import Launchers, of_library
+from llmserve.ops.cuda.library import CudaLibrary
+from tests.cuda.emulation.rms_norm import rms_norm
+
+EMULATOR: Final = Path(__file__).resolve().parents[3] / "build" / "cuda-emulator" / "libllmserve_cuda_emulator.so"
+
+
+class EmulatedLibrary(CudaLibrary):
+    """The kernels compiled for the host, on tensors of the CPU (`csrc/cuda/emulator`)."""
+
+    def __init__(self) -> None:
+        super().__init__(EMULATOR, torch.device("cpu"))
+
+    def stream(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(None)
+
+
+def emulated_launchers() -> Launchers:
+    """The kernels themselves, slowly."""
+    return of_library(EmulatedLibrary())
+
+
+def torch_launchers() -> Launchers:
+    """The same signatures and arithmetic in torch, on the CPU: whole networks run."""
+    return Launchers(device=torch.device("cpu"), rms_norm=rms_norm)
