@@ -185,7 +185,7 @@ cuda: .venv-build/.stamp ## build the CUDA kernels for sm_80, sm_90a and later (
 cuda-emulator: .venv-build/.stamp # the same kernels for the CPU: csrc/cuda/emulator
 	@if ! command -v nvcc >/dev/null; then echo "no CUDA kernels on the CPU: CUDA's headers are missing (the CUDA toolkit)"; exit 0; fi; \
 	mkdir -p build; \
-	{ $(CMAKE) --preset cuda-emulator && $(CMAKE) --build build/cuda-emulator -j "$$(nproc)"; } >build/cuda-emulator.log \
+	{ $(CMAKE) --preset cuda-emulator && $(CMAKE) --build build/cuda-emulator --target llmserve_cuda_emulator -j "$$(nproc)"; } >build/cuda-emulator.log \
 		|| { cat build/cuda-emulator.log; exit 1; }
 
 .PHONY: gpu-test
