@@ -77,6 +77,11 @@ class BlockPool:
         """Blocks handed out since the last call, without destinations of copies. For executors that zero them."""
     def table(self, handle: int) -> list[int]:
         """Block ids in order."""
+    def sync_tables(self, handles: Sequence[int], tables: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Write each handle's blocks into its row of `tables`, [rows, blocks]; returns the flat indices that changed.
+
+        Raises `ValueError` where a row is too short.
+        """
     def check_integrity(self) -> None:
         """Raises `RuntimeError` when tables, references, free blocks and index disagree."""
     @property

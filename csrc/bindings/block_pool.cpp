@@ -88,6 +88,29 @@ std::vector<std::pair<int32_t, int32_t>> take_copies(BlockPool& pool) {
   return pairs;
 }
 
+// Brings the first rows of `tables`, one for each handle, up to date, and returns the flat indices of what changed.
+// What lies behind a row's own blocks stays as it is.
+Array<int64_t> sync_tables(const BlockPool& pool, const std::vector<int64_t>& handles, py::array tables) {
+  // Not an argument of type Array: an array of another type would be converted, and the copy written.
+  if (!py::isinstance<Array<int32_t>>(tables) || tables.ndim() != 2 || !tables.writeable())
+    throw std::invalid_argument("tables: a writeable int32 array of two dense dimensions expected");
+  const auto width = static_cast<size_t>(tables.shape(1));
+  if (handles.size() > static_cast<size_t>(tables.shape(0)))
+    throw std::invalid_argument("tables: fewer rows than handles");
+  auto* row = static_cast<int32_t*>(tables.mutable_data());
+  std::vector<int64_t> changed;
+  for (size_t i = 0; i < handles.size(); ++i, row += width) {
+    const std::vector<int32_t>& blocks = pool.table(handles[i]);
+    if (blocks.size() > width) throw std::invalid_argument("tables: a sequence has more blocks than a row takes");
+    for (size_t j = 0; j < blocks.size(); ++j) {
+      if (row[j] == blocks[j]) continue;
+      row[j] = blocks[j];
+      changed.push_back(static_cast<int64_t>(i * width + j));
+    }
+  }
+  return Array<int64_t>(static_cast<py::ssize_t>(changed.size()), changed.data());
+}
+
 void bind_sequences(py::class_<BlockPool, std::shared_ptr<BlockPool>>& pool) {
   pool.def("create", &BlockPool::create)
       .def("reserve", &BlockPool::reserve, py::arg("handles"), py::arg("num_tokens"))
@@ -103,7 +126,8 @@ void bind_sequences(py::class_<BlockPool, std::shared_ptr<BlockPool>>& pool) {
       .def("truncate", &BlockPool::truncate, py::arg("handle"), py::arg("num_tokens"))
       .def("release", &BlockPool::release, py::arg("handle"))
       .def("discard", &BlockPool::discard, py::arg("handle"))
-      .def("table", &BlockPool::table, py::arg("handle"));
+      .def("table", &BlockPool::table, py::arg("handle"))
+      .def("sync_tables", &sync_tables, py::arg("handles"), py::arg("tables"));
 }
 
 }  // namespace

@@ -10,15 +10,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmserve.checkpoints.dequantize import dequantize
+from llmserve.errors import CheckpointError
 from llmserve.ops import nodes as n
 from llmserve.ops import tape as t
 from llmserve.types import CheckpointTensor
+
+
+def refuse(what: str) -> NoReturn:
+    """A network that this executor cannot run yet is refused at load, before any request."""
+    raise CheckpointError(f"the CPU executor does not support {what} yet")
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +96,7 @@ class Compiler:
     def run(self) -> Plan:
         """Raises `CheckpointError` for a network this executor cannot run."""
         for op in self.ops:
+            _check_supported(op)
             for value in op.inputs:
                 self._users[value.producer].append(op)
         for op in self.ops:
@@ -99,7 +106,7 @@ class Compiler:
             if op not in self._fused:
                 self._lower(op)
         if not isinstance(self.nodes[-1], n.SampleNode):
-            t.refuse("networks that end in anything but logits")
+            refuse("networks that end in anything but logits")
         attention = [node for node in self.nodes if isinstance(node, n.AttentionNode)]
         _check_attention(attention)
         return Plan(self.nodes, attention)
@@ -127,14 +134,14 @@ class Compiler:
         if isinstance(op, t.NormOp):
             norm, op = op, self._only_input(op)
         if not isinstance(op, t.LinearOp) or len(op.inputs) != 1 or len(self._users[op]) != 1:
-            t.refuse("attention over anything but projections of its own")
+            refuse("attention over anything but projections of its own")
         if norm is not None and (norm.heads is None or norm.kind != "rms" or norm.bias is not None):
-            t.refuse("queries and keys normalized other than by RMS over each head")
+            refuse("queries and keys normalized other than by RMS over each head")
         return Projection(op, norm, rope)
 
     def _only_input(self, op: t.TapeOp) -> t.TapeOp:
         if len(self._users[op]) != 1:
-            t.refuse("projections that are used twice")
+            refuse("projections that are used twice")
         return op.inputs[0].producer
 
     def _gated(self, op: t.ActOp) -> bool:
@@ -176,7 +183,7 @@ class Compiler:
             case t.LogitsOp():
                 self._lower_logits(op)
             case _:
-                t.refuse(f"{type(op).__name__} outside a projection")
+                refuse(f"{type(op).__name__} outside a projection")
 
     def _emit(self, op: t.TapeOp, node: n.Node, columns: int) -> n.Buffer:
         node.out = n.Buffer("tokens", columns)
@@ -216,7 +223,7 @@ class Compiler:
 
     def _lower_norm(self, op: t.NormOp) -> None:
         if op.heads is not None:
-            t.refuse("head norms outside attention")
+            refuse("head norms outside attention")
         node = n.NormNode(kind=op.kind, weight=op.weight, bias=op.bias, eps=op.eps, reads=self._read(op))
         self._emit(op, node, op.inputs[0].columns)
 
@@ -284,11 +291,11 @@ class Compiler:
         ropes = {kind: None if p.rope is None else p.rope.rope for kind, p in by_kind.items()}
         rope = ropes.get(n.QUERY, ropes.get(n.KEY))
         if rope is not ropes.get(n.KEY, rope) or ropes.get(n.VALUE) is not None:
-            t.refuse("queries and keys rotated differently")
+            refuse("queries and keys rotated differently")
         if n.VALUE in norms:
-            t.refuse("normalized values")
+            refuse("normalized values")
         if len({norm.eps for norm in norms.values()}) > 1:
-            t.refuse("different epsilons in the norms of queries and keys")
+            refuse("different epsilons in the norms of queries and keys")
         return n.HeadsNode(
             matrix=matrix,
             items=items,
@@ -317,7 +324,7 @@ class Compiler:
             rows = self._gather(value)
         rows.forms |= self._form(op.head)
         if op.head.order is not None:
-            t.refuse("a head whose columns are in an order of their own")
+            refuse("a head whose columns are in an order of their own")
         vocab = op.head.shape[0]
         matrix = n.Matrix(self._type(op.head))
         matrix.add_rows(op.head, 0, vocab)
@@ -331,6 +338,18 @@ class Compiler:
         rows = n.Buffer("logits", value.columns)
         self.nodes.append(n.GatherNode(reads=[self._input(value, n.F32)], out=rows))
         return rows
+
+
+def _check_supported(op: t.TapeOp) -> None:
+    match op:
+        case t.EmbedOp() if op.types is not None:
+            refuse("token type embeddings")
+        case t.SplitOp():
+            refuse("split projections")
+        case t.MoeOp():
+            refuse("mixtures of experts")
+        case t.PoolOp():
+            refuse("pooling")
 
 
 def _plain_items(rows: int) -> list[tuple[int, int, int, int, int, int]]:
@@ -351,12 +370,12 @@ def _tiled(parts: Sequence[tuple[CheckpointTensor | None, int, int]]) -> NDArray
 
 def _check_attention(attention: Sequence[n.AttentionNode]) -> None:
     if not attention:
-        t.refuse("networks without attention")
+        refuse("networks without attention")
     first = attention[0].spec
     for spec in (node.spec for node in attention):
         if (spec.heads, spec.kv_heads, spec.head_dim) != (first.heads, first.kv_heads, first.head_dim):
-            t.refuse("layers that differ in their heads")
+            refuse("layers that differ in their heads")
         if spec.kv_group != "full":
-            t.refuse("attention of a KV group other than 'full'")
+            refuse("attention of a KV group other than 'full'")
         if spec.head_dim % 16 or spec.head_dim > 512 or spec.heads // spec.kv_heads > 32:
-            t.refuse(f"heads of {spec.head_dim} channels, {spec.heads // spec.kv_heads} query heads per KV head")
+            refuse(f"heads of {spec.head_dim} channels, {spec.heads // spec.kv_heads} query heads per KV head")

@@ -1,16 +1,15 @@
 """The tape: a network's forward pass recorded as data, once, at load.
 
-Owns the op records and `TapeBuilder`, the CPU executor's `Ops`. Nothing is computed here; `ops.compiler` turns a tape
-into nodes. Invariants: records are in execution order, every value has one producer, and a value's `columns` is known.
+Owns the op records and `TapeBuilder`, the `Ops` of executors that compile. Nothing is computed or refused here;
+`ops.compiler` turns a tape into nodes for the CPU, `ops.cuda.lowering` for a GPU. Invariants: records are in execution
+order, every value has one producer, and a value's `columns` is known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
-from llmserve.errors import CheckpointError
 from llmserve.ops.protocol import (
     ActKind,
     AttentionSpec,
@@ -43,6 +42,7 @@ class EmbedOp(TapeOp):
     table: CheckpointTensor
     scale: float
     positions: CheckpointTensor | None
+    types: CheckpointTensor | None = None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -61,6 +61,14 @@ class LinearOp(TapeOp):
     weight: CheckpointTensor
     bias: CheckpointTensor | None
     site: str | None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SplitOp(TapeOp):
+    """One of the parts that a value is split into."""
+
+    first: int
+    columns: int
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -95,15 +103,23 @@ class ScaleOp(TapeOp):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
+class MoeOp(TapeOp):
+    """Inputs: x, then the residual if there is one."""
+
+    router: RouterSpec
+    experts: ExpertsSpec
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class LogitsOp(TapeOp):
     head: CheckpointTensor
     softcap: float | None
     scale: float
 
 
-def refuse(what: str) -> NoReturn:
-    """A network that this executor cannot run yet is refused at load, before any request."""
-    raise CheckpointError(f"the CPU executor does not support {what} yet")
+@dataclass(slots=True, eq=False, kw_only=True)
+class PoolOp(TapeOp):
+    kind: PoolKind
 
 
 @dataclass(slots=True)
@@ -124,9 +140,7 @@ class TapeBuilder:
         positions: CheckpointTensor | None = None,
         types: CheckpointTensor | None = None,
     ) -> TapeValue:
-        if types is not None:
-            refuse("token type embeddings")
-        return self._record(EmbedOp(table=table, scale=scale, positions=positions), table.shape[1])
+        return self._record(EmbedOp(table=table, scale=scale, positions=positions, types=types), table.shape[1])
 
     def norm(
         self,
@@ -153,8 +167,11 @@ class TapeBuilder:
         return self._record(LinearOp(inputs=inputs, weight=weight, bias=bias, site=site), weight.shape[0])
 
     def split(self, x: TapeValue, sizes: Sequence[int]) -> tuple[TapeValue, ...]:
-        del x, sizes
-        refuse("split projections")
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        return tuple(
+            self._record(SplitOp(inputs=(x,), first=first, columns=columns), columns)
+            for first, columns in zip(starts, sizes, strict=True)
+        )
 
     def rope(self, x: TapeValue, rope: RopeSpec, *, heads: int) -> TapeValue:
         return self._record(RopeOp(inputs=(x,), rope=rope, heads=heads), x.columns)
@@ -174,8 +191,8 @@ class TapeBuilder:
     def moe(
         self, x: TapeValue, router: RouterSpec, experts: ExpertsSpec, *, residual: TapeValue | None = None
     ) -> TapeValue:
-        del x, router, experts, residual
-        refuse("mixtures of experts")
+        inputs = (x,) if residual is None else (x, residual)
+        return self._record(MoeOp(inputs=inputs, router=router, experts=experts), x.columns)
 
     def logits(
         self, x: TapeValue, head: CheckpointTensor, *, softcap: float | None = None, scale: float = 1.0
@@ -183,5 +200,4 @@ class TapeBuilder:
         return self._record(LogitsOp(inputs=(x,), head=head, softcap=softcap, scale=scale), head.shape[0])
 
     def pool(self, x: TapeValue, kind: PoolKind) -> TapeValue:
-        del x, kind
-        refuse("pooling")
+        return self._record(PoolOp(inputs=(x,), kind=kind), x.columns)

@@ -349,3 +349,30 @@ def test_an_aborted_copy_keeps_its_source_until_it_is_taken() -> None:
         pool.fork(child, 5)
     assert pool.take_copies() == [(source, pool.table(child)[1])]
     assert pool.num_free == 1
+
+
+def test_synced_tables_tell_what_changed() -> None:
+    pool = extension.BlockPool(16, 4)
+    handles = [pool.create() for _ in range(3)]
+    pool.reserve(handles, [9, 3, 16])
+    tables = np.full((4, 5), -1, np.int32)
+    pool.sync_tables(handles, tables)
+    assert [row[row >= 0].tolist() for row in tables] == [*map(pool.table, handles), []]
+    assert len(pool.sync_tables(handles, tables)) == 0
+    pool.reserve([handles[1]], [5])
+    assert pool.sync_tables(handles, tables).tolist() == [5 + 1]
+    reference = tables.copy()
+    changed = pool.sync_tables(handles[::-1], tables)
+    assert changed.tolist() == np.flatnonzero(tables != reference).tolist()
+    assert [row[: len(pool.table(handle))].tolist() for row, handle in zip(tables, handles[::-1], strict=False)] == [
+        *map(pool.table, handles[::-1])
+    ]
+
+
+@pytest.mark.parametrize("tables", [np.zeros((2, 4), np.int64), np.zeros((2, 2), np.int32), np.zeros((1, 4), np.int32)])
+def test_tables_that_cannot_take_the_blocks_are_refused(tables: np.ndarray) -> None:
+    pool = extension.BlockPool(16, 4)
+    handles = [pool.create(), pool.create()]
+    pool.reserve(handles, [9, 3])
+    with pytest.raises(ValueError, match=r"^tables: "):
+        pool.sync_tables(handles, tables)
