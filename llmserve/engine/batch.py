@@ -78,6 +78,16 @@ class BatchBuilder:
             return parts[0]
         return _concatenate([*parts, *(_build_chunk(chunk) for chunk in plan.chunks)])
 
+    def build_following(self, sequences: list[Sequence], previous_rows: list[int]) -> StepInput:
+        """The step behind one that is not collected: each sequence's token is the sampled one of a row of that."""
+        step = self._build_decodes(sequences)
+        step.previous_rows = np.array(previous_rows, dtype=np.int32)
+        step.token_ids = np.zeros_like(step.token_ids)
+        step.positions = step.positions + np.int32(1)
+        step.seq_lens = step.seq_lens + np.int32(1)
+        step.sample_position = step.sample_position + 1
+        return step
+
     def _build_decodes(self, sequences: list[Sequence]) -> StepInput:
         rows = self._rows
         if rows.sequences != sequences:

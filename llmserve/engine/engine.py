@@ -22,6 +22,7 @@ from llmserve.engine.forks import shares_prompt
 from llmserve.engine.isolation import attempt, run_apart
 from llmserve.engine.kv_cache import KVCacheManager, PagedExecutor
 from llmserve.engine.plan import Plan
+from llmserve.engine.run_ahead import AheadRunner
 from llmserve.engine.runner import ModelRunner, StepResult
 from llmserve.engine.scheduler import Scheduler, SchedulerConfig
 from llmserve.engine.sequence import Sequence
@@ -50,7 +51,7 @@ class Engine:
         self._executor = executor
         self._kv_cache = KVCacheManager(executor.block_pool, shares_prefixes=config.enable_prefix_cache)
         self._scheduler = Scheduler(config, self._kv_cache)
-        self._runner = ModelRunner(executor) if trace is None else TracedRunner(executor, trace)
+        self._runner = self._make_runner(executor)
         self._collector = Collector()
         self._deadlines = Deadlines()
         self._salts = CacheSalts()
@@ -64,6 +65,13 @@ class Engine:
         self._num_steps = 0
         self._last_step_tokens = 0
         self._last_step_s = 0.0
+
+    def _make_runner(self, executor: PagedExecutor) -> ModelRunner:
+        if self._trace is not None:
+            return TracedRunner(executor, self._trace)
+        if getattr(executor, "runs_ahead", False):
+            return AheadRunner(executor, self._scheduler.can_follow)
+        return ModelRunner(executor)
 
     @property
     def has_work(self) -> bool:
@@ -101,7 +109,7 @@ class Engine:
         outputs += self._end(self._deadlines.take_expired(now_s), "deadline")
         if self._scheduler.has_work:
             started = time.monotonic()
-            plan = self._scheduler.plan(now_s)
+            plan = self._runner.next_plan() or self._scheduler.plan(now_s)
             if self._trace is not None:
                 self._trace.begin_step(plan, started)
             self._last_step_tokens = plan.num_tokens

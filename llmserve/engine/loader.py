@@ -46,6 +46,7 @@ def load_engine(config: EngineConfig, *, progress: Progress) -> Engine:
             num_threads=config.num_threads,
             exact=config.exact,
             kv_cache_dtype=config.kv_cache_dtype,
+            deterministic=config.deterministic,
             images=image_config(config, checkpoint),
         ),
         progress=_releasing(checkpoint, progress),

@@ -24,6 +24,19 @@ class StepResult:
         self.token_ids: list[int] = output.token_ids.tolist()
         """Per row: the sampled token, or the scored one."""
 
+    def take(self, rows: list[int]) -> StepResult:
+        """These rows alone."""
+        output = self._output
+        return StepResult(
+            StepOutput(
+                output.token_ids[rows],
+                output.logprobs[rows],
+                output.ranks[rows],
+                output.top_ids[rows],
+                output.top_logprobs[rows],
+            )  # fmt: skip
+        )
+
     def logprob(self, row: int, num_top: int) -> TokenLogprob:
         """The log-probabilities of one row that asked for them."""
         if self._columns is None:
@@ -63,6 +76,10 @@ class ModelRunner:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._builder = BatchBuilder()
+
+    def next_plan(self) -> Plan | None:
+        """What has been launched already and is to be run next; None: nothing."""
+        return None
 
     def run(self, plan: Plan) -> StepResult:
         """Run one step to its end."""

@@ -109,6 +109,21 @@ class Scheduler:
             self.speculation.extend(plan, self.step_times, max_rows=left, num_running=len(self.running))
         return plan
 
+    def can_follow(self, plan: Plan, ahead: bool) -> bool:  # noqa: FBT001  # the seam of `run_ahead`
+        """Whether all work is the decodes of a plan, which go on whatever they sample; then each has a slot for it.
+
+        Where drafts may be made every second step is planned, so that they get their turn.
+        """
+        goes_on = (
+            not plan.chunks
+            and not plan.verifications
+            and not (ahead and self._config.max_draft_tokens)
+            and self.num_waiting == 0
+            and len(plan.decodes) == len(self.running) > 0
+            and all(seq.state is None and seq.num_tokens + 1 < seq.max_num_tokens for seq in plan.decodes)
+        )
+        return goes_on and all(self._kv_cache.reserve_drafts(seq, 1, num_kept_free=0) for seq in plan.decodes)
+
     def observe(self, plan: Plan, seconds: float) -> None:
         """Learn from the time of a step that succeeded; before anything in it has advanced."""
         num_decodes = len(plan.decodes) + len(plan.verifications)

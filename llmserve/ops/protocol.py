@@ -168,6 +168,9 @@ class StepInput:
     mask_rows: NDArray[np.int32] = field(default_factory=lambda: _NO_ROWS)  # [R] row of masks, -1: none; or empty
     masks: NDArray[np.uint32] = field(default_factory=lambda: _NO_MASKS)  # [num_masks, ceil(vocab / 32)]
     """Bit i % 32 of word i / 32 says whether token i may be sampled."""
+    previous_rows: NDArray[np.int32] = field(default_factory=lambda: _NO_ROWS)
+    """[T], or empty: the row of the step launched before, not collected yet, whose sampled token comes in place of
+    `token_ids[t]`. Only executors that run ahead get it."""
 
 
 @dataclass(slots=True)
@@ -270,6 +273,9 @@ class Executor(Protocol):
 
 class DeviceExecutor(Executor, Protocol):
     """An executor whose KV cache lies in memory of its own."""
+
+    runs_ahead: bool
+    """Whether one more step may be launched before the last is collected; steps are collected in order."""
 
     def free_bytes(self) -> int:
         """What the cache could take of it."""
