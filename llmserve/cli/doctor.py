@@ -32,8 +32,8 @@ MaybeModel = Annotated[
 def command(
     model: MaybeModel = None,
     max_model_len: options.MaxModelLen = 0,
-    max_num_seqs: options.MaxNumSeqs = 128,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_seqs: options.MaxNumSeqs = 0,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 0,
     kv_cache_memory: options.KVCacheMemory = "",
     threads: options.Threads = 0,
     exact: options.Exact = False,

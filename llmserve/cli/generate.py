@@ -84,8 +84,8 @@ def command(
     seed: options.Seed = None,
     ignore_eos: IgnoreEos = False,
     max_model_len: options.MaxModelLen = 0,
-    max_num_seqs: options.MaxNumSeqs = 128,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_seqs: options.MaxNumSeqs = 0,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 0,
     kv_cache_memory: options.KVCacheMemory = "",
     device: options.DeviceOption = "cpu",
     threads: options.Threads = 0,
@@ -124,7 +124,10 @@ def command(
             ignore_eos=ignore_eos,
         )
         job = Job(
-            prompts=prompts, request=request, as_json=as_json or file is not None, max_under_way=_AHEAD * max_num_seqs
+            prompts=prompts,
+            request=request,
+            as_json=as_json or file is not None,
+            max_under_way=_AHEAD * engine.max_num_seqs,
         )
         return asyncio.run(_run(engine, job, name=options.model_name(model, path), display=display))
 

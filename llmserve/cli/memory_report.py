@@ -22,10 +22,11 @@ def describe_available(rooms: list[MemoryRoom], total: int) -> str:
 
 def describe_limits(config: EngineConfig, limits: dict[KVCacheLimit, int], *, available: int, max_position: int) -> str:
     """What each limit allows the KV cache; the least, which holds, comes first."""
-    from llmserve.engine.memory import KEPT_FRACTION
+    from llmserve.engine.memory import DEVICE_KEPT_FRACTION, KEPT_FRACTION
 
+    kept = DEVICE_KEPT_FRACTION if config.device == "cuda" else KEPT_FRACTION
     names: dict[KVCacheLimit, str] = {
-        "available": f"{1 - KEPT_FRACTION:.0%} of the {format_bytes(available)} available",
+        "available": f"{1 - kept:.0%} of the {format_bytes(available)} available",
         "cap": "the default limit",
         "kv_cache_bytes": "--kv-cache-memory",
         "max_num_seqs": f"{config.max_num_seqs} sequences of {config.max_model_len or max_position} tokens",

@@ -6,7 +6,7 @@ import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -38,8 +38,20 @@ MaxModelLen = Annotated[
         min=0, rich_help_panel=_ENGINE, help="Longest sequence in tokens, prompt and answer; 0: all the model can."
     ),
 ]
-MaxNumSeqs = Annotated[int, typer.Option(min=1, rich_help_panel=_ENGINE, help="Most sequences in one step.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, rich_help_panel=_ENGINE, help="Most tokens in one step.")]
+DEFAULT_NUM_SEQS: Final[dict[Device, int]] = {"cpu": 128, "cuda": 256, "reference": 128}
+DEFAULT_BATCHED_TOKENS: Final[dict[Device, int]] = {"cpu": 512, "cuda": 8192, "reference": 512}
+MaxNumSeqs = Annotated[
+    int,
+    typer.Option(
+        min=0, show_default=False, rich_help_panel=_ENGINE, help="Most sequences in one step. 0: 128, on a GPU 256."
+    ),
+]
+MaxNumBatchedTokens = Annotated[
+    int,
+    typer.Option(
+        min=0, show_default=False, rich_help_panel=_ENGINE, help="Most tokens in one step. 0: 512, on a GPU 8192."
+    ),
+]
 MaxNumWaiting = Annotated[
     int,
     typer.Option(min=0, rich_help_panel=_ENGINE, help="Most sequences that wait; more get 429 at once. 0: any number."),
@@ -81,6 +93,14 @@ Threads = Annotated[
 Exact = Annotated[
     bool,
     typer.Option("--exact", rich_help_panel=_ENGINE, help="Activations in float32, not int8: slower, more precise."),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        rich_help_panel=_ENGINE,
+        help="On CUDA: results that do not depend on the batch, at some cost. On the CPU they never do.",
+    ),
 ]
 PackedCache = Annotated[
     bool,
@@ -157,8 +177,8 @@ def engine_config(
     path: Path,
     *,
     max_model_len: int = 0,
-    max_num_seqs: int = 128,
-    max_num_batched_tokens: int = 512,
+    max_num_seqs: int = 0,
+    max_num_batched_tokens: int = 0,
     max_num_waiting: int = 0,
     itl_target_ms: float = DEFAULT_ITL_TARGET_MS,
     prefix_cache: bool = True,
@@ -169,6 +189,7 @@ def engine_config(
     packed_cache: bool = True,
     step_lease: bool = True,
     kv_cache_dtype: KVCacheDtype = "bf16",
+    deterministic: bool = False,
     speculation: Speculation = "auto",
     max_draft_tokens: int = DEFAULT_MAX_DRAFT_TOKENS,
     trace: Path | None = None,
@@ -177,8 +198,8 @@ def engine_config(
     return EngineConfig(
         model_path=path.absolute(),
         max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs or DEFAULT_NUM_SEQS[device],
+        max_num_batched_tokens=max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device],
         max_num_waiting=max_num_waiting,
         itl_target_ms=itl_target_ms,
         enable_prefix_cache=prefix_cache,
@@ -189,6 +210,7 @@ def engine_config(
         packed_cache_bytes=None if packed_cache else 0,
         step_lease=step_lease,
         kv_cache_dtype=kv_cache_dtype,
+        deterministic=deterministic,
         speculation=speculation,
         max_draft_tokens=max_draft_tokens,
         trace_path=trace.absolute() if trace is not None else None,

@@ -16,6 +16,8 @@ from llmserve.types import KVCacheLimit
 
 KEPT_FRACTION = 0.6
 """Share of the free memory that is left alone when the cache is sized automatically."""
+DEVICE_KEPT_FRACTION = 0.02
+"""The same of a GPU's memory that weights and steps leave: nothing else is there to need it."""
 DEFAULT_CAP_BYTES = 4 * 1024**3
 _MIB = 1024**2
 _NO_LIMIT = 1 << 60  # cgroup v1 says "no limit" with a huge number
@@ -60,6 +62,11 @@ def kv_cache_limits(
         return {"kv_cache_bytes": config.kv_cache_bytes}
     blocks_per_seq = -(-(config.max_model_len or max_position) // config.block_size)
     bytes_per_seq = blocks_per_seq * bytes_per_block
+    if config.device == "cuda":
+        return {
+            "available": int(available * (1 - DEVICE_KEPT_FRACTION)),
+            "max_num_seqs": config.max_num_seqs * bytes_per_seq,
+        }
     return {
         "available": int(available * (1 - KEPT_FRACTION)),
         "max_num_seqs": config.max_num_seqs * bytes_per_seq,

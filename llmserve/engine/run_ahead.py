@@ -77,8 +77,7 @@ class AheadRunner(ModelRunner):
         previous = rows if rows is not None else list(range(len(plan.decodes)))
         try:
             self._executor.launch(self._builder.build_following(plan.decodes, previous))
-        except Exception:
-            # The step before is not lost with it, and whatever is wrong will be met again without it.
+        except Exception:  # noqa: BLE001  # the step before is not lost with it; what is wrong will be met again
             _log.exception("a step could not be launched ahead num_sequences=%d", len(plan.decodes))
             return None
         return _Flight(list(plan.decodes))
@@ -90,5 +89,5 @@ class AheadRunner(ModelRunner):
         self._flight = None
         try:
             self.collect()
-        except Exception:
+        except Exception:  # noqa: BLE001  # nobody waits for it
             _log.exception("a step that was launched ahead failed")

@@ -34,7 +34,7 @@ class StepResult:
                 output.ranks[rows],
                 output.top_ids[rows],
                 output.top_logprobs[rows],
-            )  # fmt: skip
+            )
         )
 
     def logprob(self, row: int, num_top: int) -> TokenLogprob:

@@ -109,7 +109,7 @@ class Scheduler:
             self.speculation.extend(plan, self.step_times, max_rows=left, num_running=len(self.running))
         return plan
 
-    def can_follow(self, plan: Plan, ahead: bool) -> bool:  # noqa: FBT001  # the seam of `run_ahead`
+    def can_follow(self, plan: Plan, ahead: bool) -> bool:
         """Whether all work is the decodes of a plan, which go on whatever they sample; then each has a slot for it.
 
         Where drafts may be made every second step is planned, so that they get their turn.

@@ -72,8 +72,10 @@ def test_this_machine_has_memory() -> None:
         (CONFIG, 5 * GIB, 2 * GIB),
         (replace(CONFIG, max_num_seqs=2, max_model_len=1024), 64 * GIB, 128 * BLOCK_BYTES),
         (replace(CONFIG, kv_cache_bytes=GIB), 2 * GIB, GIB),
+        (replace(CONFIG, device="cuda"), 100 * BLOCK_BYTES, 98 * BLOCK_BYTES),
+        (replace(CONFIG, device="cuda"), 64 * GIB, 128 * 512 * BLOCK_BYTES),
     ],
-    ids=["cap", "share of the free memory", "what the limits need", "as told"],
+    ids=["cap", "share of the free memory", "what the limits need", "as told", "a GPU's", "what a GPU's limits need"],
 )
 def test_size(config: EngineConfig, available: int, num_bytes: int) -> None:
     plan = fit_kv_cache(config, max_position=8192, bytes_per_block=BLOCK_BYTES, available=available)
