@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmserve.ops.cuda import rms_norm
+from llmserve.ops.cuda import kv_append, rms_norm
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -16,8 +16,13 @@ class Launchers:
 
     device: torch.device
     rms_norm: rms_norm.RmsNorm
+    kv_append: kv_append.KvAppend
 
 
 def of_library(library: CudaLibrary) -> Launchers:
     """The compiled kernels."""
-    return Launchers(device=library.device, rms_norm=rms_norm.launcher(library))
+    return Launchers(
+        device=library.device,
+        rms_norm=rms_norm.launcher(library),
+        kv_append=kv_append.launcher(library),
+    )

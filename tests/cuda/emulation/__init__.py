@@ -10,6 +10,7 @@ import torch
 
 from llmserve.ops.cuda.launchers import Launchers, of_library
 from llmserve.ops.cuda.library import CudaLibrary
+from tests.cuda.emulation.kv_append import kv_append
 from tests.cuda.emulation.rms_norm import rms_norm
 
 EMULATOR: Final = Path(__file__).resolve().parents[3] / "build" / "cuda-emulator" / "libllmserve_cuda_emulator.so"
@@ -32,4 +33,8 @@ def emulated_launchers() -> Launchers:
 
 def torch_launchers() -> Launchers:
     """The same signatures and arithmetic in torch, on the CPU: whole networks run."""
-    return Launchers(device=torch.device("cpu"), rms_norm=rms_norm)
+    return Launchers(
+        device=torch.device("cpu"),
+        rms_norm=rms_norm,
+        kv_append=kv_append,
+    )
