@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmserve.ops.cuda import kv_append, rms_norm
+from llmserve.ops.cuda import decode_attention, kv_append, rms_norm
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -17,6 +17,7 @@ class Launchers:
     device: torch.device
     rms_norm: rms_norm.RmsNorm
     kv_append: kv_append.KvAppend
+    decode_attention: decode_attention.DecodeAttention
 
 
 def of_library(library: CudaLibrary) -> Launchers:
@@ -25,4 +26,5 @@ def of_library(library: CudaLibrary) -> Launchers:
         device=library.device,
         rms_norm=rms_norm.launcher(library),
         kv_append=kv_append.launcher(library),
+        decode_attention=decode_attention.launcher(library),
     )

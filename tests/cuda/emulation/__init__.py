@@ -10,6 +10,7 @@ import torch
 
 from llmserve.ops.cuda.launchers import Launchers, of_library
 from llmserve.ops.cuda.library import CudaLibrary
+from tests.cuda.emulation.decode_attention import decode_attention
 from tests.cuda.emulation.kv_append import kv_append
 from tests.cuda.emulation.rms_norm import rms_norm
 
@@ -37,4 +38,5 @@ def torch_launchers() -> Launchers:
         device=torch.device("cpu"),
         rms_norm=rms_norm,
         kv_append=kv_append,
+        decode_attention=decode_attention,
     )
