@@ -93,6 +93,13 @@ __device__ inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   return out;
 }
 
+// a - b of two bfloat16 each, rounded once. As a fused multiply-add, which sm_80 has too.
+__device__ inline uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(b), "r"(0xBF80BF80), "r"(a));
+  return out;
+}
+
 }  // namespace llmserve::cuda
 
 #endif

@@ -49,7 +49,7 @@ def test_each_code_lies_where_the_drawing_says() -> None:
         strip, row, tile = channel // 16, channel % 16, k // 64
         half, quad, in_eight = k % 64 // 32, k % 32 // 8, k % 8
         lane = row % 8 * 4 + quad
-        # Registers of A: the row's half, then the pair of inputs; a nibble for the first of a pair, 16 bits on the second.
+        # Registers: the half of the channels, then the pair of inputs. The second of a pair is 16 bits above the first.
         word = four.codes[strip, tile, 0, lane].view("<u4")[half * 2 + in_eight // 4]
         register = row // 8 + in_eight % 4 // 2 * 2
         code = int(word) >> (4 * register + 16 * (in_eight % 2)) & 15

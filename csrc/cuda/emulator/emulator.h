@@ -174,6 +174,11 @@ T __ldg(const T* from) {
 }
 
 template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+
+template <typename T>
 std::common_type_t<T> emulated_bits(const void* from) {
   T out;
   std::memcpy(&out, from, sizeof(T));
@@ -318,6 +323,16 @@ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t out = 0;
   for (int i = 0; i < 8; ++i)
     if ((kTable >> i & 1) != 0) out |= ((i & 4) != 0 ? a : ~a) & ((i & 2) != 0 ? b : ~b) & ((i & 1) != 0 ? c : ~c);
+  return out;
+}
+
+inline uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+  uint32_t out = 0;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t left = (a >> 16 * i) << 16, right = (b >> 16 * i) << 16;
+    const __nv_bfloat16 rounded = __float2bfloat16_rn(emulated_bits<float>(&left) - emulated_bits<float>(&right));
+    out |= static_cast<uint32_t>(emulated_bits<uint16_t>(&rounded)) << 16 * i;
+  }
   return out;
 }
 

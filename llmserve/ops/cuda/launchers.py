@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from llmserve.ops.cuda import decode_attention, kv_append, rms_norm
+from llmserve.ops.cuda import quantized_linear, rms_norm
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -15,6 +16,7 @@ class Launchers:
     """One per op; each says in its own file what it takes."""
 
     device: torch.device
+    quantized_linear: quantized_linear.QuantizedLinear
     rms_norm: rms_norm.RmsNorm
     kv_append: kv_append.KvAppend
     decode_attention: decode_attention.DecodeAttention
@@ -27,4 +29,6 @@ def of_library(library: CudaLibrary) -> Launchers:
         rms_norm=rms_norm.launcher(library),
         kv_append=kv_append.launcher(library),
         decode_attention=decode_attention.launcher(library),
+        quantized_linear=quantized_linear.launcher(library),
+        rms_norm=rms_norm.launcher(library),
     )

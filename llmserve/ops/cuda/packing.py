@@ -177,7 +177,7 @@ def _blocks_of_8(dtype: str, blocks: Bytes) -> _Plain | None:
             return _Plain(8, codes, _half(blocks[:, :2]), _half(blocks[:, 2:4]))
         case "q5_k":
             planes = np.concatenate([blocks[:, 16:48] >> bit & 1 for bit in range(8)], axis=1)
-            return _Plain(8, _nibbles(blocks[:, 48:], 32) | planes << 4, *_six_bits(blocks))
+            return _Plain(8, _nibbles(blocks[:, 48:], 32) | planes << np.uint8(4), *_six_bits(blocks))
         case "iq4_nl":
             return _Plain(8, _from_codebook(_nibbles(blocks[:, 2:], 16)), _half(blocks[:, :2]), None)
         case "iq4_xs":
@@ -204,7 +204,7 @@ def _nibbles(packed: Bytes, run: int) -> Bytes:
 
 
 def _fifth_bits(packed: Bytes) -> Bytes:
-    return np.unpackbits(packed, axis=1, bitorder="little") << 4
+    return np.unpackbits(packed, axis=1, bitorder="little") << np.uint8(4)
 
 
 def _from_codebook(codes: Bytes) -> Bytes:
