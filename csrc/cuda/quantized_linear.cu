@@ -2,6 +2,9 @@
 // registers, a block has eight slices. More rows: a block has 128 outputs and 16 or 64 rows; rows, codes and scales
 // come through shared memory, several tiles ahead.
 //
+// Registers (sm_90): 101 to 128 with few rows, so two blocks fit a multiprocessor; 124 to 128 with 16 rows (168 with
+// biases), so four (three); about 200 with 64 rows, so one block of eight warps.
+//
 // What waits in flight on a multiprocessor (sm_90): few rows, two blocks of eight warps with kDepth tiles of 512 bytes
 // each, 64 KB with 4 bits; 16 rows, four blocks with five stages of 4 KB of codes, 80 KB.
 #include "cuda/quantized_linear.h"
@@ -313,9 +316,9 @@ struct Tile {
 };
 
 template <int kBits, bool kBiases, int kOctets, int kRowWarps>
-__global__ void __launch_bounds__(kChannelWarps * kRowWarps * kWarp, kBiases          ? 1
-                                                                     : kRowWarps == 1 ? 4
-                                                                                      : 2)
+__global__ void __launch_bounds__(kChannelWarps * kRowWarps * kWarp, kRowWarps == 2 ? 1
+                                                                     : kBiases      ? 3
+                                                                                    : 4)
     quantized_tile_kernel(QuantizedLinearArgs args, Groups groups) {
   using Block = Tile<kBits, kBiases, kOctets, kRowWarps>;
   auto* shared = dynamic_shared<unsigned char>();

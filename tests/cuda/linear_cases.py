@@ -64,7 +64,7 @@ def quantized(tensor: CheckpointTensor, on: torch.device) -> QuantizedWeight:
 
 
 def agrees(out: Tensor, want: Tensor, magnitude: Tensor, terms: int, what: str) -> None:
-    """`want` in float64 within the rounding of the output and of float32 sums; `magnitude`: the sum of the terms' sizes.
+    """`want` in float64 within the rounding of the output and of float32 sums; `magnitude`: the sum of all sizes.
 
     A sum of n terms in any order errs by n * 2**-24 of that at most; random signs leave about its root.
     """
