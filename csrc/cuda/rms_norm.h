@@ -1,4 +1,4 @@
-// RMS norm of rows, before it an addition to the residual stream.
+// RMS norm of rows, before it an addition to the residual stream, behind it int8 rows with scales.
 #pragma once
 
 #include "cuda/abi.h"
@@ -9,10 +9,11 @@ struct RmsNormArgs {
   const void* x;        // [rows][columns], row r at x + r * x_stride elements
   void* residual;       // null, or [rows][columns] dense: becomes residual + x, which is what is normalized
   const float* weight;  // [columns]
-  void* out;            // [rows][columns], row r at out + r * out_stride; may be x
+  void* out;            // [rows][columns], row r at out + r * out_stride; may be x; int8 where there are scales
+  float* scales;        // null, or [rows]: the largest magnitude of the row / 127
   int64_t rows, columns, x_stride, out_stride;
   float eps;
-  Type type;  // of x, residual and out
+  Type type;  // of x and residual, and of out without scales
 };
 
 }  // namespace llmserve::cuda

@@ -82,9 +82,17 @@ def test_a_wrong_kernel_is_outside_the_bound(mistake: str, tmp_path: Path) -> No
 
     right = torch_launchers()
 
-    def wrong(x: Tensor, weight: Tensor, out: Tensor, *, eps: float, residual: Tensor | None = None) -> None:
+    def wrong(
+        x: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        *,
+        eps: float,
+        residual: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> None:
         weight = torch.ones_like(weight) if mistake == "weight" else weight
-        right.rms_norm(x, weight, out, eps=0.5 if mistake == "eps" else eps, residual=residual)
+        right.rms_norm(x, weight, out, eps=0.5 if mistake == "eps" else eps, residual=residual, scales=scales)
         if mistake == "row" and len(out) > 1:
             out[-1] = out[-2]
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from llmserve.ops.cuda.launchers import Launchers
 
+from tests.cuda.rows import guarded, int8_agrees, is_untouched_around  # noqa: E402
+
 EPS: Final = 1e-5
 ROUNDING: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2e-6}
 """Half a unit in the last place, relative, and for float32 the order of the sum."""
@@ -109,3 +111,30 @@ def test_a_tensor_that_does_not_fit_is_named(launchers: Launchers, wrong: str) -
     }[wrong]
     with pytest.raises(ValueError, match=f"^{wrong}: "):
         launchers.rms_norm(tensors["x"], tensors["weight"], tensors["out"], eps=EPS, residual=tensors["residual"])
+
+
+@pytest.mark.parametrize("kind", list(ROUNDING), ids=str)
+def test_int8_rows_have_a_scale_each(launchers: Launchers, kind: dtype) -> None:
+    for (rows, columns), gap in zip(SHAPES, (0, 8, 0, 3, 0, 0, 8, 1, 0, 0, 0), strict=True):
+        x, _ = draw((rows, columns), kind, launchers.device, columns + gap)
+        x[0] = 0
+        weight = torch.randn(columns, device=launchers.device)
+        out, memory = guarded(rows, columns, torch.int8, launchers.device, gap=gap)
+        scales, scale_memory = guarded(1, rows, torch.float32, launchers.device)
+        residual = None if gap == 8 else torch.randn((rows, columns)).to(kind).to(launchers.device)
+        if residual is not None:
+            residual[0] = 0
+        launchers.rms_norm(x, weight, out, eps=EPS, residual=residual, scales=scales[0])
+        assert int8_agrees(out, scales[0], expected(x if residual is None else residual, weight)), (rows, columns)
+        assert scales[0, 0] == 0
+        assert is_untouched_around(out, memory)
+        assert is_untouched_around(scales, scale_memory)
+
+
+@pytest.mark.parametrize("wrong", ["out", "scales"])
+def test_int8_rows_that_do_not_fit_are_named(launchers: Launchers, wrong: str) -> None:
+    x = torch.zeros((3, 64), dtype=torch.bfloat16, device=launchers.device)
+    out = torch.zeros((3, 64), dtype=torch.bfloat16 if wrong == "out" else torch.int8, device=launchers.device)
+    scales = torch.zeros(2 if wrong == "scales" else 3, device=launchers.device)
+    with pytest.raises(ValueError, match=f"^{wrong}: "):
+        launchers.rms_norm(x, torch.ones(64, device=launchers.device), out, eps=EPS, scales=scales)

@@ -8,6 +8,7 @@ import torch
 
 from llmserve.ops.cuda import decode_attention, kv_append, rms_norm
 from llmserve.ops.cuda import quantized_linear, rms_norm
+from llmserve.ops.cuda import act, layer_norm, rms_norm
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -20,6 +21,8 @@ class Launchers:
     rms_norm: rms_norm.RmsNorm
     kv_append: kv_append.KvAppend
     decode_attention: decode_attention.DecodeAttention
+    layer_norm: layer_norm.LayerNorm
+    act: act.Act
 
 
 def of_library(library: CudaLibrary) -> Launchers:
@@ -31,4 +34,6 @@ def of_library(library: CudaLibrary) -> Launchers:
         decode_attention=decode_attention.launcher(library),
         quantized_linear=quantized_linear.launcher(library),
         rms_norm=rms_norm.launcher(library),
+        layer_norm=layer_norm.launcher(library),
+        act=act.launcher(library),
     )

@@ -83,3 +83,10 @@ def check_device(**tensors: Tensor | None) -> None:
     for name, device in devices.items():
         if device != home:
             raise ValueError(f"{name}: is on {device}, not on {home}")
+
+
+def check_quantized(out: Tensor, scales: Tensor | None, *, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Rows that a kernel writes: of `dtype`, or int8 with one float32 scale each. Raises `ValueError`."""
+    check("out", out, dtypes=(dtype,) if scales is None else (torch.int8,), shape=shape)
+    if scales is not None:
+        check_dense("scales", scales, dtypes=(torch.float32,), shape=shape[:1])

@@ -13,6 +13,8 @@ from llmserve.ops.cuda.library import CudaLibrary
 from tests.cuda.emulation.decode_attention import decode_attention
 from tests.cuda.emulation.kv_append import kv_append
 from tests.cuda.emulation.quantized_linear import quantized_linear
+from tests.cuda.emulation.act import act
+from tests.cuda.emulation.layer_norm import layer_norm
 from tests.cuda.emulation.rms_norm import rms_norm
 
 EMULATOR: Final = Path(__file__).resolve().parents[3] / "build" / "cuda-emulator" / "libllmserve_cuda_emulator.so"
@@ -42,4 +44,6 @@ def torch_launchers() -> Launchers:
         decode_attention=decode_attention,
         quantized_linear=quantized_linear,
         rms_norm=rms_norm,
+        layer_norm=layer_norm,
+        act=act,
     )
