@@ -9,6 +9,7 @@ import torch
 from llmserve.ops.cuda import decode_attention, kv_append, rms_norm
 from llmserve.ops.cuda import quantized_linear, rms_norm
 from llmserve.ops.cuda import act, layer_norm, rms_norm
+from llmserve.ops.cuda import act, copy_blocks, embed, layer_norm, rms_norm
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -23,6 +24,8 @@ class Launchers:
     decode_attention: decode_attention.DecodeAttention
     layer_norm: layer_norm.LayerNorm
     act: act.Act
+    embed: embed.Embed
+    copy_blocks: copy_blocks.CopyBlocks
 
 
 def of_library(library: CudaLibrary) -> Launchers:
@@ -36,4 +39,6 @@ def of_library(library: CudaLibrary) -> Launchers:
         rms_norm=rms_norm.launcher(library),
         layer_norm=layer_norm.launcher(library),
         act=act.launcher(library),
+        embed=embed.launcher(library),
+        copy_blocks=copy_blocks.launcher(library),
     )

@@ -14,6 +14,8 @@ from tests.cuda.emulation.decode_attention import decode_attention
 from tests.cuda.emulation.kv_append import kv_append
 from tests.cuda.emulation.quantized_linear import quantized_linear
 from tests.cuda.emulation.act import act
+from tests.cuda.emulation.copy_blocks import copy_blocks
+from tests.cuda.emulation.embed import embed
 from tests.cuda.emulation.layer_norm import layer_norm
 from tests.cuda.emulation.rms_norm import rms_norm
 
@@ -46,4 +48,6 @@ def torch_launchers() -> Launchers:
         rms_norm=rms_norm,
         layer_norm=layer_norm,
         act=act,
+        embed=embed,
+        copy_blocks=copy_blocks,
     )
