@@ -10,6 +10,7 @@ from llmserve.ops.cuda import decode_attention, kv_append, rms_norm
 from llmserve.ops.cuda import quantized_linear, rms_norm
 from llmserve.ops.cuda import act, layer_norm, rms_norm
 from llmserve.ops.cuda import act, copy_blocks, embed, layer_norm, rms_norm
+from llmserve.ops.cuda import act, copy_blocks, embed, layer_norm, rms_norm, sample
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -26,6 +27,7 @@ class Launchers:
     act: act.Act
     embed: embed.Embed
     copy_blocks: copy_blocks.CopyBlocks
+    sample: sample.Sample
 
 
 def of_library(library: CudaLibrary) -> Launchers:
@@ -41,4 +43,5 @@ def of_library(library: CudaLibrary) -> Launchers:
         act=act.launcher(library),
         embed=embed.launcher(library),
         copy_blocks=copy_blocks.launcher(library),
+        sample=sample.launcher(library),
     )

@@ -18,6 +18,7 @@ from tests.cuda.emulation.copy_blocks import copy_blocks
 from tests.cuda.emulation.embed import embed
 from tests.cuda.emulation.layer_norm import layer_norm
 from tests.cuda.emulation.rms_norm import rms_norm
+from tests.cuda.emulation.sample import sample
 
 EMULATOR: Final = Path(__file__).resolve().parents[3] / "build" / "cuda-emulator" / "libllmserve_cuda_emulator.so"
 
@@ -50,4 +51,5 @@ def torch_launchers() -> Launchers:
         act=act,
         embed=embed,
         copy_blocks=copy_blocks,
+        sample=sample,
     )
