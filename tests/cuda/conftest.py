@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from torch import device
+
     from llmserve.ops.cuda.launchers import Launchers
+
+if importlib.util.find_spec("torch") is not None:
+    import torch
+
+    # Triton reads this when it is first imported, which is after this file.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 KINDS = ("torch", "emulator", pytest.param("gpu", marks=pytest.mark.gpu))
 
@@ -27,3 +38,15 @@ def launchers(request: pytest.FixtureRequest) -> Launchers:
     if request.param == "gpu":
         return of_library(open_library())
     return emulation.emulated_launchers() if request.param == "emulator" else emulation.torch_launchers()
+
+
+@pytest.fixture(params=("interpreter", pytest.param("gpu", marks=pytest.mark.gpu)))
+def triton_device(request: pytest.FixtureRequest) -> device:
+    """Where Triton's kernels run: interpreted on the CPU, or compiled on a GPU. One process does one of the two."""
+    torch = pytest.importorskip("torch", reason="torch is not installed in this environment: make test-cuda")
+    triton = pytest.importorskip("triton", reason="triton is not installed in this environment: make test-cuda")
+    if request.param == "gpu" and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU is usable here")
+    if (request.param == "interpreter") != triton.knobs.runtime.interpret:
+        pytest.skip("there is a GPU, so Triton compiles in this process; TRITON_INTERPRET=1 makes it interpret")
+    return torch.device("cuda" if request.param == "gpu" else "cpu")
