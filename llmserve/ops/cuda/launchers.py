@@ -6,11 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from llmserve.ops.cuda import decode_attention, kv_append, rms_norm
-from llmserve.ops.cuda import quantized_linear, rms_norm
-from llmserve.ops.cuda import act, layer_norm, rms_norm
-from llmserve.ops.cuda import act, copy_blocks, embed, layer_norm, rms_norm
-from llmserve.ops.cuda import act, copy_blocks, embed, layer_norm, rms_norm, sample
+from llmserve.ops.cuda import (
+    act,
+    copy_blocks,
+    decode_attention,
+    embed,
+    kv_append,
+    layer_norm,
+    quantized_linear,
+    rms_norm,
+    sample,
+)
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -19,13 +25,13 @@ class Launchers:
     """One per op; each says in its own file what it takes."""
 
     device: torch.device
-    quantized_linear: quantized_linear.QuantizedLinear
     rms_norm: rms_norm.RmsNorm
-    kv_append: kv_append.KvAppend
-    decode_attention: decode_attention.DecodeAttention
     layer_norm: layer_norm.LayerNorm
     act: act.Act
     embed: embed.Embed
+    kv_append: kv_append.KvAppend
+    decode_attention: decode_attention.DecodeAttention
+    quantized_linear: quantized_linear.QuantizedLinear
     copy_blocks: copy_blocks.CopyBlocks
     sample: sample.Sample
 
@@ -35,13 +41,12 @@ def of_library(library: CudaLibrary) -> Launchers:
     return Launchers(
         device=library.device,
         rms_norm=rms_norm.launcher(library),
-        kv_append=kv_append.launcher(library),
-        decode_attention=decode_attention.launcher(library),
-        quantized_linear=quantized_linear.launcher(library),
-        rms_norm=rms_norm.launcher(library),
         layer_norm=layer_norm.launcher(library),
         act=act.launcher(library),
         embed=embed.launcher(library),
+        kv_append=kv_append.launcher(library),
+        decode_attention=decode_attention.launcher(library),
+        quantized_linear=quantized_linear.launcher(library),
         copy_blocks=copy_blocks.launcher(library),
         sample=sample.launcher(library),
     )

@@ -10,13 +10,13 @@ import torch
 
 from llmserve.ops.cuda.launchers import Launchers, of_library
 from llmserve.ops.cuda.library import CudaLibrary
-from tests.cuda.emulation.decode_attention import decode_attention
-from tests.cuda.emulation.kv_append import kv_append
-from tests.cuda.emulation.quantized_linear import quantized_linear
 from tests.cuda.emulation.act import act
 from tests.cuda.emulation.copy_blocks import copy_blocks
+from tests.cuda.emulation.decode_attention import decode_attention
 from tests.cuda.emulation.embed import embed
+from tests.cuda.emulation.kv_append import kv_append
 from tests.cuda.emulation.layer_norm import layer_norm
+from tests.cuda.emulation.quantized_linear import quantized_linear
 from tests.cuda.emulation.rms_norm import rms_norm
 from tests.cuda.emulation.sample import sample
 
@@ -43,13 +43,12 @@ def torch_launchers() -> Launchers:
     return Launchers(
         device=torch.device("cpu"),
         rms_norm=rms_norm,
-        kv_append=kv_append,
-        decode_attention=decode_attention,
-        quantized_linear=quantized_linear,
-        rms_norm=rms_norm,
         layer_norm=layer_norm,
         act=act,
         embed=embed,
+        kv_append=kv_append,
+        decode_attention=decode_attention,
+        quantized_linear=quantized_linear,
         copy_blocks=copy_blocks,
         sample=sample,
     )
