@@ -27,8 +27,7 @@ namespace {
 constexpr int kChunk = 4096;  // logits of a block of the first two kernels
 constexpr int kMostChunks = static_cast<int>(kMostVocab / kChunk);
 constexpr int kOfThread = kChunk / kSelectThreads;
-constexpr int kGathered = 8192;      // tokens that shared memory takes
-constexpr float kMostRange = 64.0f;  // of logits that the bins tell apart; what is below is in the last
+constexpr int kGathered = 8192;  // tokens that shared memory takes
 
 struct Facts {
   uint64_t best;         // rank key of the largest logit
@@ -87,18 +86,8 @@ struct RowFacts {
   bool has_nan, raw_has_nan;
 
   __device__ bool is_finite() const { return !raw_has_nan && raw_largest - raw_largest == 0.0f && !has_nan; }
-  // Bins per unit of logits.
-  __device__ float scale() const { return (kBins - 1) / fminf(fmaxf(__fsub_rn(largest, least), 1e-3f), kMostRange); }
+  __device__ float scale() const { return bins_per_logit(largest, least); }
 };
-
-__device__ int bin_of_distance(float distance, float scale) {
-  return static_cast<int>(fminf(__fmul_rn(distance, scale), kBins - 1.0f));
-}
-
-// Of distance below the largest logit. It never falls as a logit does, so bins are ranges of the order of tokens.
-__device__ int bin_of(float logit, float largest, float scale) {
-  return bin_of_distance(__fsub_rn(largest, logit), scale);
-}
 
 __device__ double weight_of(float logit, float largest, double inverse_temperature) {
   return exp((static_cast<double>(logit) - static_cast<double>(largest)) * inverse_temperature);
@@ -262,37 +251,12 @@ struct Chooser {
 
   __device__ int bin(float logit) const { return bin_of(logit, facts.largest, scale); }
 
-  // Copies the tokens of a range of bins to shared memory, in no order.
-  __device__ void gather(int first, int last) {
-    __syncthreads();
-    if (threadIdx.x == 0) s.num_gathered = 0;
-    __syncthreads();
-    const auto visit = [&](int id, float logit) {
+  // Copies the tokens of a range of bins to shared memory.
+  __device__ void gather_bins(int first, int last) {
+    tokens = gather(s, row.logits, row.vocab, ids, values, [&](int, float logit) {
       const int own = bin(logit);
-      if (own < first || own > last) return;
-      const int at = atomicAdd(&s.num_gathered, 1);
-      ids[at] = static_cast<uint32_t>(id);
-      values[at] = logit;
-    };
-    constexpr int kBatch = 4, kStep = kSelectThreads * kBatch;  // 32 KB under way in a multiprocessor
-    const int vectors = reinterpret_cast<uintptr_t>(row.logits) % sizeof(float4) == 0 ? row.vocab / 4 : 0;
-    for (int begin = static_cast<int>(threadIdx.x); begin < vectors; begin += kStep) {
-      float4 batch[kBatch];
-      for (int i = 0; i < kBatch; ++i)
-        batch[i] = reinterpret_cast<const float4*>(row.logits)[min(begin + i * kSelectThreads, vectors - 1)];
-      for (int i = 0; i < kBatch; ++i) {
-        const int vector = begin + i * kSelectThreads;
-        if (vector >= vectors) break;
-        visit(4 * vector, batch[i].x);
-        visit(4 * vector + 1, batch[i].y);
-        visit(4 * vector + 2, batch[i].z);
-        visit(4 * vector + 3, batch[i].w);
-      }
-    }
-    for (int id = 4 * vectors + static_cast<int>(threadIdx.x); id < row.vocab; id += kSelectThreads)
-      visit(id, row.logits[id]);
-    __syncthreads();
-    tokens = {ids, values, s.num_gathered};
+      return own >= first && own <= last;
+    });
   }
 
   // Prepares to select in `end.bin`, where a filter ends.
@@ -300,7 +264,7 @@ struct Chooser {
     if (has_all) return;
     has_all = end.before.count + end.own.count <= kGathered;
     if (has_all || end.own.count <= kGathered)
-      gather(has_all ? 0 : end.bin, end.bin);
+      gather_bins(has_all ? 0 : end.bin, end.bin);
     else
       tokens = {nullptr, row.logits, row.vocab};
   }
@@ -324,7 +288,7 @@ struct Chooser {
     if (!has_all) {
       has_all = row.vocab <= kGathered;
       if (has_all)
-        gather(0, kBins - 1);
+        gather_bins(0, kBins - 1);
       else
         tokens = {nullptr, row.logits, row.vocab};
     }
@@ -407,7 +371,8 @@ struct Chooser {
     Found end{kBins, {0, 0}, {0, 0}};
     if (cuts) end = find(s, first, Sum{0, 0});
     const int last = last_bin_of_min_p();
-    if (!is_typical && last < end.bin) {  // the others keep all that min_p may keep
+    const bool is_one = !is_typical && (row.top_k == 0 || row.top_p >= 1.0);
+    if (is_one && last < end.bin) {  // the one before min_p keeps all that min_p may keep
       gather_up_to(last);
     } else {
       if (cuts) sum = cut(end, first).weight;
@@ -427,7 +392,7 @@ struct Chooser {
     uint64_t count = 0;
     for (int i = static_cast<int>(threadIdx.x); i <= last; i += kSelectThreads) count += s.counts[i];
     has_all = total(s, count) <= kGathered;
-    if (has_all) gather(0, last);
+    if (has_all) gather_bins(0, last);
   }
 
   // The sum of weights of what is kept in each chunk of the row, a warp for a chunk.

@@ -13,6 +13,8 @@ constexpr int kDigit = 11;  // bits of a key that one histogram tells apart
 constexpr int kBins = 1 << kDigit;
 constexpr int kSelectThreads = 512;  // of a block that selects
 constexpr int kBinsOfThread = kBins / kSelectThreads;
+constexpr int kGathered = 8192;      // tokens that shared memory takes
+constexpr float kMostRange = 64.0f;  // of logits that bins tell apart; what is below is in the last
 constexpr int64_t kMostVocab = 1 << 20;
 constexpr int32_t kNoToken = -1, kNotFinite = -2;  // llmserve/ops/protocol.py
 
@@ -54,6 +56,20 @@ __device__ inline float logit_of(uint32_t descending_key) {
 // Ascending in (logit descending, id ascending), and different for every token.
 __device__ inline uint64_t rank_key(float logit, uint32_t id, int bits) {
   return static_cast<uint64_t>(descending(logit)) << bits | id;
+}
+
+// Bins of a row's tokens by distance from the largest logit.
+__device__ inline float bins_per_logit(float largest, float least) {
+  return (kBins - 1) / fminf(fmaxf(__fsub_rn(largest, least), 1e-3f), kMostRange);
+}
+
+__device__ inline int bin_of_distance(float distance, float scale) {
+  return static_cast<int>(fminf(__fmul_rn(distance, scale), kBins - 1.0f));
+}
+
+// It never falls as a logit does, so bins are ranges of the order of tokens.
+__device__ inline int bin_of(float logit, float largest, float scale) {
+  return bin_of_distance(__fsub_rn(largest, logit), scale);
 }
 
 struct Sum {
@@ -158,6 +174,43 @@ __device__ uint64_t reduce(Selection& s, uint64_t x, const Combine& combine) {
 
 __device__ inline uint64_t total(Selection& s, uint64_t x) {
   return reduce(s, x, [](uint64_t a, uint64_t b) { return a + b; });
+}
+
+// `visit(id, logit)` of a row in global memory, with 32 KB under way in a multiprocessor where the row is aligned.
+template <typename Visit>
+__device__ void for_each_in_row(const float* row, int vocab, const Visit& visit) {
+  constexpr int kBatch = 4, kStep = kSelectThreads * kBatch;
+  const int vectors = reinterpret_cast<uintptr_t>(row) % sizeof(float4) == 0 ? vocab / 4 : 0;
+  for (int begin = static_cast<int>(threadIdx.x); begin < vectors; begin += kStep) {
+    float4 batch[kBatch];
+    for (int i = 0; i < kBatch; ++i)
+      batch[i] = reinterpret_cast<const float4*>(row)[min(begin + i * kSelectThreads, vectors - 1)];
+    for (int i = 0; i < kBatch; ++i) {
+      const int vector = begin + i * kSelectThreads;
+      if (vector >= vectors) break;
+      visit(4 * vector, batch[i].x);
+      visit(4 * vector + 1, batch[i].y);
+      visit(4 * vector + 2, batch[i].z);
+      visit(4 * vector + 3, batch[i].w);
+    }
+  }
+  for (int id = 4 * vectors + static_cast<int>(threadIdx.x); id < vocab; id += kSelectThreads) visit(id, row[id]);
+}
+
+// Copies the tokens of a row for which keep(id, logit), kGathered at most, to shared memory, in no order.
+template <typename Keep>
+__device__ Tokens gather(Selection& s, const float* row, int vocab, uint32_t* ids, float* values, const Keep& keep) {
+  __syncthreads();  // whoever still reads
+  if (threadIdx.x == 0) s.num_gathered = 0;
+  __syncthreads();
+  for_each_in_row(row, vocab, [&](int id, float logit) {
+    if (!keep(id, logit)) return;
+    const int at = atomicAdd(&s.num_gathered, 1);
+    ids[at] = static_cast<uint32_t>(id);
+    values[at] = logit;
+  });
+  __syncthreads();
+  return {ids, values, s.num_gathered};
 }
 
 // The first bin at which the running sum, from `base` on, reaches the target; where rounding lets none, the last that

@@ -17,6 +17,7 @@ from llmserve.ops.cuda import (
     rms_norm,
     sample,
 )
+from llmserve.ops.cuda import act, copy_blocks, embed, layer_norm, rms_norm, sample, token_logprobs
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -34,6 +35,7 @@ class Launchers:
     quantized_linear: quantized_linear.QuantizedLinear
     copy_blocks: copy_blocks.CopyBlocks
     sample: sample.Sample
+    token_logprobs: token_logprobs.TokenLogprobs
 
 
 def of_library(library: CudaLibrary) -> Launchers:
@@ -49,4 +51,5 @@ def of_library(library: CudaLibrary) -> Launchers:
         quantized_linear=quantized_linear.launcher(library),
         copy_blocks=copy_blocks.launcher(library),
         sample=sample.launcher(library),
+        token_logprobs=token_logprobs.launcher(library),
     )

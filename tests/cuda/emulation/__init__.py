@@ -19,6 +19,7 @@ from tests.cuda.emulation.layer_norm import layer_norm
 from tests.cuda.emulation.quantized_linear import quantized_linear
 from tests.cuda.emulation.rms_norm import rms_norm
 from tests.cuda.emulation.sample import sample
+from tests.cuda.emulation.token_logprobs import token_logprobs
 
 EMULATOR: Final = Path(__file__).resolve().parents[3] / "build" / "cuda-emulator" / "libllmserve_cuda_emulator.so"
 
@@ -51,4 +52,5 @@ def torch_launchers() -> Launchers:
         quantized_linear=quantized_linear,
         copy_blocks=copy_blocks,
         sample=sample,
+        token_logprobs=token_logprobs,
     )
