@@ -18,6 +18,7 @@ from llmserve.ops.cuda import (
     sample,
 )
 from llmserve.ops.cuda import act, copy_blocks, embed, layer_norm, rms_norm, sample, token_logprobs
+from llmserve.ops.cuda import dequantize, gather_columns, int8_linear, quantize_rows, quantized_linear, rms_norm
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -26,6 +27,11 @@ class Launchers:
     """One per op; each says in its own file what it takes."""
 
     device: torch.device
+    dequantize: dequantize.Dequantize
+    gather_columns: gather_columns.GatherColumns
+    int8_linear: int8_linear.Int8Linear
+    quantize_rows: quantize_rows.QuantizeRows
+    quantized_linear: quantized_linear.QuantizedLinear
     rms_norm: rms_norm.RmsNorm
     layer_norm: layer_norm.LayerNorm
     act: act.Act
@@ -42,6 +48,11 @@ def of_library(library: CudaLibrary) -> Launchers:
     """The compiled kernels."""
     return Launchers(
         device=library.device,
+        dequantize=dequantize.launcher(library),
+        gather_columns=gather_columns.launcher(library),
+        int8_linear=int8_linear.launcher(library),
+        quantize_rows=quantize_rows.launcher(library),
+        quantized_linear=quantized_linear.launcher(library),
         rms_norm=rms_norm.launcher(library),
         layer_norm=layer_norm.launcher(library),
         act=act.launcher(library),

@@ -16,6 +16,10 @@ from tests.cuda.emulation.decode_attention import decode_attention
 from tests.cuda.emulation.embed import embed
 from tests.cuda.emulation.kv_append import kv_append
 from tests.cuda.emulation.layer_norm import layer_norm
+from tests.cuda.emulation.dequantize import dequantize
+from tests.cuda.emulation.gather_columns import gather_columns
+from tests.cuda.emulation.int8_linear import int8_linear
+from tests.cuda.emulation.quantize_rows import quantize_rows
 from tests.cuda.emulation.quantized_linear import quantized_linear
 from tests.cuda.emulation.rms_norm import rms_norm
 from tests.cuda.emulation.sample import sample
@@ -43,6 +47,11 @@ def torch_launchers() -> Launchers:
     """The same signatures and arithmetic in torch, on the CPU: whole networks run."""
     return Launchers(
         device=torch.device("cpu"),
+        dequantize=dequantize,
+        gather_columns=gather_columns,
+        int8_linear=int8_linear,
+        quantize_rows=quantize_rows,
+        quantized_linear=quantized_linear,
         rms_norm=rms_norm,
         layer_norm=layer_norm,
         act=act,
