@@ -47,7 +47,8 @@ class Batch:
     spare_rows: int
 
     def run(self, **options: Any) -> NDArray[np.float64]:
-        paged_attention(self.q, *self.caches, self.out, **self.tables, **options)
+        k_cache, v_cache = self.caches
+        paged_attention(self.q, k_cache, v_cache, self.out, **self.tables, **options)
         y = self.out.double().cpu().numpy()
         assert self.spare_rows == 0 or np.isnan(y[-self.spare_rows :]).all(), "it wrote rows of no sequence"
         return np.asarray(y[: len(y) - self.spare_rows])

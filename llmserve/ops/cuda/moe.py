@@ -195,13 +195,14 @@ def route(logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None = None) -
 
 
 def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
-    """Tiles of `rows` pairs for the experts `ids` [T, k], dense int32.
+    """Tiles of `rows` pairs for the experts `ids` [T, k], dense int32, which differ within a token.
 
-    There are at most as many tiles as experts with pairs, plus the full ones that the remaining pairs make.
+    Few tokens need no table: each expert's pairs fit into one tile. Else there are at most as many tiles as experts with
+    pairs, plus the full ones that the remaining pairs make.
     """
     num_pairs = ids.numel()
-    if len(ids) == 1:
-        return Groups("single", num_pairs, None, ids)
+    if len(ids) <= rows:
+        return Groups("few", num_pairs, None, ids)
     started = min(num_experts, num_pairs)
     num_tiles = started + (num_pairs - started) // rows
     counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device)

@@ -30,24 +30,29 @@ def _tile_of_program(num_tiles, num_columns, BLOCK_N: tl.constexpr, TOGETHER: tl
 
 @triton.jit
 def _rows_of_tile(
-    tile, pairs, tile_expert, num_pairs, EVERY: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr
+    tile, pairs, tile_expert, num_pairs, TOP_K: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """(expert, pairs [BLOCK_M]) of a tile; no pair is num_pairs or more, an expert below 0 is no tile.
 
-    LAYOUT "sorted": as `place_kernel` wrote them. "single": one token, each of its pairs a tile of its own, so that
-    `tile_expert` is what the router chose. "every": each token goes to all EVERY experts, which needs no table at all.
+    LAYOUT "sorted": as `place_kernel` wrote them. "few": at most BLOCK_M tokens, so an expert's pairs fit into one
+    tile, where row t is token t; `tile_expert` is what the router chose, and the first pair of an expert is its tile.
+    It saves two launches. "every": each token goes to all TOP_K experts, which needs no table at all.
     """
     row = tl.arange(0, BLOCK_M)
     if LAYOUT == "sorted":
         expert = tl.load(tile_expert + tile)
         pair = tl.load(pairs + tile * BLOCK_M + row, mask=(row >= 0) & (expert >= 0), other=num_pairs)
-    elif LAYOUT == "single":
+    elif LAYOUT == "few":
+        choice = tl.arange(0, triton.next_power_of_2(TOP_K))[None, :]
+        pairs_of_row = row[:, None] * TOP_K + choice
+        ids = tl.load(tile_expert + pairs_of_row, mask=(choice < TOP_K) & (pairs_of_row < num_pairs), other=-1)
         expert = tl.load(tile_expert + tile)
-        pair = tl.where(row == 0, tile, num_pairs)
+        pair = tl.min(tl.where(ids == expert, pairs_of_row, num_pairs), axis=1)
+        expert = tl.where(tl.min(pair, axis=0) == tile, expert, -1)
     else:
-        tiles = tl.cdiv(num_pairs // EVERY, BLOCK_M)
+        tiles = tl.cdiv(num_pairs // TOP_K, BLOCK_M)
         expert = tile // tiles
-        pair = (tile % tiles * BLOCK_M + row) * EVERY + expert
+        pair = (tile % tiles * BLOCK_M + row) * TOP_K + expert
     return expert, pair
 
 
