@@ -197,8 +197,8 @@ def route(logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None = None) -
 def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
     """Tiles of `rows` pairs for the experts `ids` [T, k], dense int32, which differ within a token.
 
-    Few tokens need no table: each expert's pairs fit into one tile. Else there are at most as many tiles as experts with
-    pairs, plus the full ones that the remaining pairs make.
+    Few tokens need no table: each expert's pairs fit into one tile. Else there are at most as many tiles as experts
+    with pairs, plus the full ones that the remaining pairs make.
     """
     num_pairs = ids.numel()
     if len(ids) <= rows:
