@@ -19,6 +19,7 @@ from llmserve.ops.cuda import (
 )
 from llmserve.ops.cuda import act, copy_blocks, embed, layer_norm, rms_norm, sample, token_logprobs
 from llmserve.ops.cuda import dequantize, gather_columns, int8_linear, quantize_rows, quantized_linear, rms_norm
+from llmserve.ops.cuda import act, copy_blocks, edit_logits, embed, layer_norm, rms_norm, sample, token_logprobs
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -40,6 +41,7 @@ class Launchers:
     decode_attention: decode_attention.DecodeAttention
     quantized_linear: quantized_linear.QuantizedLinear
     copy_blocks: copy_blocks.CopyBlocks
+    edit_logits: edit_logits.EditLogits
     sample: sample.Sample
     token_logprobs: token_logprobs.TokenLogprobs
 
@@ -61,6 +63,7 @@ def of_library(library: CudaLibrary) -> Launchers:
         decode_attention=decode_attention.launcher(library),
         quantized_linear=quantized_linear.launcher(library),
         copy_blocks=copy_blocks.launcher(library),
+        edit_logits=edit_logits.launcher(library),
         sample=sample.launcher(library),
         token_logprobs=token_logprobs.launcher(library),
     )

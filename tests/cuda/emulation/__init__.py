@@ -13,6 +13,7 @@ from llmserve.ops.cuda.library import CudaLibrary
 from tests.cuda.emulation.act import act
 from tests.cuda.emulation.copy_blocks import copy_blocks
 from tests.cuda.emulation.decode_attention import decode_attention
+from tests.cuda.emulation.edit_logits import edit_logits
 from tests.cuda.emulation.embed import embed
 from tests.cuda.emulation.kv_append import kv_append
 from tests.cuda.emulation.layer_norm import layer_norm
@@ -60,6 +61,7 @@ def torch_launchers() -> Launchers:
         decode_attention=decode_attention,
         quantized_linear=quantized_linear,
         copy_blocks=copy_blocks,
+        edit_logits=edit_logits,
         sample=sample,
         token_logprobs=token_logprobs,
     )
