@@ -18,12 +18,15 @@ Logits = NDArray[np.float32]
 
 
 def random_step(draws: np.random.Generator, num_rows: int, vocab: int) -> StepInput:
-    """Any combination of filters, one row in eight scored, one in eight greedy."""
+    """Any combination of filters, one row in eight scored, one in eight greedy.
+
+    No top_p is a round binary number: half of six equal tokens is a boundary that weights below the resolution decide.
+    """
     step = make_step([Piece(0, range(num_rows), 0)], num_logprobs=-1)
     step.targets[:] = np.where(draws.random(num_rows) < 1 / 8, draws.integers(0, vocab, num_rows), -1)
     step.temperature[:] = draws.choice([0, 0.01, 0.3, 0.7, 1, 1, 1.5, 5], num_rows)
     step.top_k[:] = draws.choice([0, 0, 1, 2, 7, 50, vocab // 2, vocab, vocab + 5], num_rows)
-    step.top_p[:] = draws.choice([1, 1, 0.999, 0.9, 0.5, 0.01], num_rows)
+    step.top_p[:] = draws.choice([1, 1, 0.999, 0.9, 0.45, 0.01], num_rows)
     step.min_p[:] = draws.choice([0, 0, 0.02, 0.3, 1], num_rows)
     step.seed[:] = draws.integers(0, 2**64, num_rows, dtype=np.uint64)
     step.sample_position[:] = draws.integers(0, 2**40, num_rows)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmserve.ops.cuda.edits import Edits, build_edits, typical_ps
 from llmserve.ops.reference_sampler import edit, sample_step, unpack_mask
 from tests.ops.sampling_states import Twins, make_states, random_options
 from tests.ops.seeds import fresh_seed
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from llmserve.ops.cuda.launchers import Launchers
     from llmserve.ops.protocol import SamplingState, StepInput
 
-from llmserve.ops.cuda.edits import to_device  # noqa: E402
+from llmserve.ops.cuda.edits import Edits, build_edits, to_device, typical_ps  # noqa: E402
 from llmserve.ops.cuda.sample import workspace_bytes  # noqa: E402
 from tests.cuda.rows import guarded, is_untouched_around  # noqa: E402
 from tests.cuda.sampling import VOCABS, Logits, device_rows, random_logits, random_step  # noqa: E402
