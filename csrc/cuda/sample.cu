@@ -5,7 +5,8 @@
 //   weigh:   the sum of weights of the chunk, and a histogram of the row by distance from the largest logit:
 //            how many tokens and how much weight in each of 2,048 bins                       → sums, bins
 //   choose:  a block per row finds the bin in which a filter ends, gathers the tokens up to there into shared memory
-//            (one pass over the row) and selects among them: top-k, typical_p, top-p, then the draw in ascending id
+//            (only from segments of 256 logits whose largest is in them) and selects among them: top-k, typical_p,
+//            top-p, then the draw in ascending id
 //
 // Rows that are scored, greedy or void leave weigh at once and choose after a few reads. A row without filters gathers
 // nothing: the chunk's sums say in which chunk the draw falls. Where more tokens pass than shared memory takes, only
@@ -27,7 +28,9 @@ namespace {
 constexpr int kChunk = 4096;  // logits of a block of the first two kernels
 constexpr int kMostChunks = static_cast<int>(kMostVocab / kChunk);
 constexpr int kOfThread = kChunk / kSelectThreads;
-constexpr int kGathered = 8192;  // tokens that shared memory takes
+constexpr int kWarps = kSelectThreads / kWarp;
+constexpr int kSegment = kChunk / kWarps;  // logits of a warp of inspect
+constexpr int kGathered = 8192;            // tokens that shared memory takes
 
 struct Facts {
   uint64_t best;         // rank key of the largest logit
@@ -43,6 +46,7 @@ struct Workspace {
   uint64_t* sums;            // [rows][chunks]
   unsigned long long* bins;  // [rows][kBins] weights
   uint32_t* counts;          // [rows][kBins]
+  uint32_t* segments;        // [rows][chunks * kWarps] descending keys of the largest logits
   int chunks;
 
   __host__ __device__ Workspace(const SampleArgs& args) : chunks(static_cast<int>((args.vocab + kChunk - 1) / kChunk)) {
@@ -50,6 +54,7 @@ struct Workspace {
     sums = reinterpret_cast<uint64_t*>(facts + args.rows * chunks);
     bins = reinterpret_cast<unsigned long long*>(sums + args.rows * chunks);
     counts = reinterpret_cast<uint32_t*>(bins + args.rows * kBins);
+    segments = counts + args.rows * kBins;
   }
 };
 
@@ -129,24 +134,28 @@ __global__ void __launch_bounds__(kSelectThreads) inspect_kernel(SampleArgs args
   const Row row(args, index);
   const Workspace workspace(args);
   const int chunk = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int segment = chunk * kWarps + thread / kWarp;
   Facts facts = nothing_known();
   for (int i = 0; i < kOfThread; ++i) {
-    const int id = chunk * kChunk + i * kSelectThreads + thread;
+    const int id = segment * kSegment + i * kWarp + thread % kWarp;
     if (id >= row.vocab) continue;
     const float raw = row.raw[id], logit = row.logits[id];
     facts = join(facts, {rank_key(logit, static_cast<uint32_t>(id), row.bits), descending(raw),
                          logit == -INFINITY ? 0 : descending(logit), logit != logit, raw != raw});
   }
   facts = over_warp(facts);
-  __shared__ Facts warps[kSelectThreads / kWarp];
-  if (thread % kWarp == 0) warps[thread / kWarp] = facts;
+  __shared__ Facts warps[kWarps];
+  if (thread % kWarp == 0) {
+    warps[thread / kWarp] = facts;
+    workspace.segments[index * workspace.chunks * kWarps + segment] = static_cast<uint32_t>(facts.best >> row.bits);
+  }
   for (int i = chunk * kSelectThreads + thread; i < kBins; i += workspace.chunks * kSelectThreads) {
     workspace.bins[index * kBins + i] = 0;
     workspace.counts[index * kBins + i] = 0;
   }
   __syncthreads();
   if (thread >= kWarp) return;
-  facts = over_warp(thread < kSelectThreads / kWarp ? warps[thread] : nothing_known());
+  facts = over_warp(thread < kWarps ? warps[thread] : nothing_known());
   if (thread == 0) workspace.facts[index * workspace.chunks + chunk] = facts;
 }
 
@@ -230,6 +239,7 @@ struct Chooser {
   uint32_t* ids;   // [kGathered]
   float* values;   // [kGathered]
   uint64_t* sums;  // [kMostChunks]
+  const uint32_t* segments;
   const Row& row;
   const RowFacts& facts;
   float scale;
@@ -251,12 +261,42 @@ struct Chooser {
 
   __device__ int bin(float logit) const { return bin_of(logit, facts.largest, scale); }
 
-  // Copies the tokens of a range of bins to shared memory.
+  // Copies the tokens of a range of bins to shared memory, in no order. A lane knows the largest logit of a segment;
+  // of the segments that reach the bins a warp has two under way.
   __device__ void gather_bins(int first, int last) {
-    tokens = gather(s, row.logits, row.vocab, ids, values, [&](int, float logit) {
-      const int own = bin(logit);
-      return own >= first && own <= last;
-    });
+    __syncthreads();  // whoever still reads
+    if (threadIdx.x == 0) s.num_gathered = 0;
+    __syncthreads();
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int num_segments = (row.vocab + kSegment - 1) / kSegment;
+    for (int begin = warp; begin < num_segments; begin += kSelectThreads) {
+      const int own = begin + lane * kWarps;
+      const bool is_hit = own < num_segments && bin(logit_of(segments[own])) <= last;
+      for (unsigned hits = __ballot_sync(kAllLanes, is_hit); hits != 0;) {
+        const int one = begin + (__ffs(static_cast<int>(hits)) - 1) * kWarps;
+        hits &= hits - 1;
+        const int other = hits == 0 ? -1 : begin + (__ffs(static_cast<int>(hits)) - 1) * kWarps;
+        hits &= hits - 1;  // of none it leaves none
+        take_segments(one * kSegment, other < 0 ? row.vocab : other * kSegment, first, last);
+      }
+    }
+    __syncthreads();
+    tokens = {ids, values, s.num_gathered};
+  }
+
+  // The tokens from two ids on that are in a range of bins; what is past the row is none.
+  __device__ void take_segments(int one, int other, int first, int last) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    float batch[2 * kOfThread];
+    const auto id_of = [&](int i) { return (i < kOfThread ? one : other) + i % kOfThread * kWarp + lane; };
+    for (int i = 0; i < 2 * kOfThread; ++i) batch[i] = id_of(i) < row.vocab ? row.logits[id_of(i)] : -INFINITY;
+    for (int i = 0; i < 2 * kOfThread; ++i) {
+      const int own = bin(batch[i]);
+      if (id_of(i) >= row.vocab || own < first || own > last) continue;
+      const int at = atomicAdd(&s.num_gathered, 1);
+      ids[at] = static_cast<uint32_t>(id_of(i));
+      values[at] = batch[i];
+    }
   }
 
   // Prepares to select in `end.bin`, where a filter ends.
@@ -484,6 +524,7 @@ __global__ void __launch_bounds__(kSelectThreads) choose_kernel(SampleArgs args)
                     shared.ids,
                     shared.values,
                     shared.sums,
+                    workspace.segments + index * workspace.chunks * kWarps,
                     row,
                     facts,
                     facts.scale(),
@@ -515,7 +556,7 @@ LLMSERVE_CUDA_API int64_t llmserve_cuda_sample_workspace(int64_t rows, int64_t v
   args.rows = rows;
   args.vocab = vocab;
   const Workspace workspace(args);
-  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(workspace.counts + rows * kBins));
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(workspace.segments + rows * workspace.chunks * kWarps));
 }
 
 LLMSERVE_CUDA_API int32_t llmserve_cuda_sample(const llmserve::cuda::SampleArgs* args, void* stream) {

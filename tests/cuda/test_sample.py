@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llmserve.ops.cuda.launchers import Launchers
 
 from llmserve.ops.cuda.sample import SampleRows, workspace_bytes  # noqa: E402
+from tests.cuda import emulation  # noqa: E402
 from tests.cuda.rows import guarded, is_untouched_around  # noqa: E402
 from tests.cuda.sampling import VOCABS, Logits, device_rows, random_logits, random_step  # noqa: E402
 
@@ -58,6 +60,15 @@ def expected(logits: Logits, step: StepInput, *, typical_p: Logits | None = None
         step.states = [cast("SamplingState", _Typical(float(p))) for p in typical_p]
     with np.errstate(invalid="ignore", divide="ignore"):
         return cast("list[int]", sample_step(logits, step).token_ids.tolist())
+
+
+def test_the_workspace_is_as_long_as_the_kernels_say() -> None:
+    if not emulation.EMULATOR.exists():
+        pytest.skip("the kernels are not built for the CPU: make cuda-emulator, which needs CUDA's headers")
+    said = ctypes.CDLL(str(emulation.EMULATOR)).llmserve_cuda_sample_workspace
+    said.argtypes, said.restype = (ctypes.c_int64, ctypes.c_int64), ctypes.c_int64
+    for num_rows, vocab in ((1, 1), (3, 4096), (7, 4097), (256, 128_256)):
+        assert said(num_rows, vocab) == workspace_bytes(num_rows, vocab)
 
 
 @pytest.mark.parametrize("vocab", VOCABS)

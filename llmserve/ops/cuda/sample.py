@@ -16,6 +16,8 @@ MOST_ROWS: Final = 65535
 _CHUNK: Final = 4096
 _BINS: Final = 2048
 _FACTS_BYTES: Final = 24
+_SEGMENTS: Final = 16
+"""Of a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def launcher(library: CudaLibrary) -> Sample:
 def workspace_bytes(num_rows: int, vocab: int) -> int:
     """What `Sample` works in: facts and sums of each chunk, a histogram of each row (csrc/cuda/sample.cu)."""
     chunks = -(-vocab // _CHUNK)
-    return num_rows * (chunks * (_FACTS_BYTES + 8) + _BINS * 12)
+    return num_rows * (chunks * (_FACTS_BYTES + 8 + 4 * _SEGMENTS) + _BINS * 12)
 
 
 def check_arguments(
