@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, device
 
 from llmserve.ops import reference_math, reference_moe
-from llmserve.ops.cuda.moe import Experts, Router, StackedWeights
+from llmserve.ops.cuda.moe import Experts, Router
+from llmserve.ops.cuda.stacked_weights import StackedWeights, stack_codes
 from llmserve.ops.protocol import ActKind, ExpertsSpec, RouterSpec
 from llmserve.types import CheckpointTensor
 
@@ -89,18 +90,17 @@ def coded(bits: int, group: int, *, biased: bool) -> Maker:
     def make(random: np.random.Generator, shape: tuple[int, int, int], on: device) -> tuple[StackedWeights, Floats]:
         experts, columns, depth = shape
         codes = random.integers(0, 2**bits, shape, dtype=np.uint8)
-        packed = codes[..., 0::2] | codes[..., 1::2] << 4 if bits == 4 else codes
         groups = depth // group if group else 1
         sizes = (experts, columns, groups)
-        scales = (random.uniform(0.5, 1.5, sizes) / (2 ** (bits - 2) * depth**0.5)).astype(np.float32)
-        biases = (random.standard_normal(sizes) / depth**0.5).astype(np.float32) if biased else None
-        wide = np.repeat(scales, depth // groups, axis=-1).astype(np.float64)
-        values = wide * (codes.astype(np.float64) - 2 ** (bits - 1))
+        dtype = np.float16 if random.integers(2) else np.float32
+        scales = (random.uniform(0.5, 1.5, sizes) / (2 ** (bits - 2) * depth**0.5)).astype(dtype)
+        biases = (random.standard_normal(sizes) / depth**0.5).astype(dtype) if biased else None
+        signed = codes.view(np.int8) if bits == 8 else codes.astype(np.int8)
+        numbers = signed.astype(np.float64) - (8 if bits == 4 and biases is None else 0)
+        values = np.repeat(scales, depth // groups, axis=-1) * numbers
         if biases is not None:
             values += np.repeat(biases, depth // groups, axis=-1)
-        on_device = [None if part is None else torch.from_numpy(part).to(on) for part in (packed, scales, biases)]
-        assert on_device[0] is not None
-        return StackedWeights(on_device[0], bits, on_device[1], on_device[2]), values
+        return stack_codes(codes, bits, scales, biases, on), values
 
     return make
 

@@ -14,9 +14,10 @@ from tests.ops.seeds import fresh_seed
 torch = pytest.importorskip("torch", reason="torch is not installed in this environment: make test-cuda")
 pytest.importorskip("triton", reason="triton is not installed in this environment: make test-cuda")
 
-from llmserve.ops.cuda.moe import Router, StackedWeights, group, moe, route, tiles_for  # noqa: E402
+from llmserve.ops.cuda.moe import Router, group, moe, route, tiles_for  # noqa: E402
+from llmserve.ops.cuda.stacked_weights import StackedWeights  # noqa: E402
 from llmserve.ops.protocol import RouterSpec  # noqa: E402
-from tests.cuda import mixture  # noqa: E402 - all three after what they need was looked for
+from tests.cuda import mixture  # noqa: E402 - all after what they need was looked for
 from tests.cuda.mixture import Sizes  # noqa: E402
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def test_a_tensor_that_does_not_fit_is_named(triton_device: device, wrong: str) 
     elif wrong == "down":
         experts = replace(experts, down=replace(experts.down, bits=8))
     elif wrong == "down.scales":
-        codes = torch.zeros((4, 72, 40), dtype=torch.uint8, device=triton_device)
+        codes = torch.zeros((4, 72, 40), dtype=torch.int8, device=triton_device)
         scales = torch.zeros((4, 72, 1), dtype=torch.float64, device=triton_device)
         experts = replace(experts, down=StackedWeights(codes, 8, scales))
     elif wrong == "shared_gate":

@@ -23,7 +23,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from llmserve.ops.cuda.fallback_attention import paged_attention
-from llmserve.ops.cuda.moe import Experts, Router, StackedWeights, moe
+from llmserve.ops.cuda.moe import Experts, Router, moe
+from llmserve.ops.cuda.stacked_weights import StackedWeights
 from llmserve.ops.protocol import RouterSpec
 from llmserve.types import CheckpointTensor
 
@@ -32,6 +33,8 @@ TYPES: Final = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.float16: "*fp16",
 }
 OPTIONS: Final = ("num_warps", "num_stages")
 NOWHERE: Final = CheckpointTensor(name="router", dtype="f32", shape=(0, 0), data=memoryview(b""))
@@ -81,8 +84,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 def weights(experts: int, columns: int, depth: int, bits: int) -> StackedWeights:
     if bits == 16:
         return StackedWeights(torch.empty((experts, columns, depth), dtype=torch.bfloat16))
-    values = torch.empty((experts, columns, depth * bits // 8), dtype=torch.uint8)
-    scales = torch.empty((experts, columns, depth // 32))
+    values = torch.empty((experts, columns, depth * bits // 8), dtype=torch.uint8 if bits == 4 else torch.int8)
+    scales = torch.empty((experts, columns, depth // 32), dtype=torch.float16)
     return StackedWeights(values, bits, scales, scales if bits == 4 else None)
 
 
@@ -115,6 +118,7 @@ CASES: Final[dict[str, Callable[[], None]]] = {
     "moe 4096": lambda: run_moe(4096, 16),
     "moe 8 bits 64": lambda: run_moe(64, 8),
     "moe 4 bits 1": lambda: run_moe(1, 4),
+    "moe 4 bits 96": lambda: run_moe(96, 4),
     "moe 4 bits 4096": lambda: run_moe(4096, 4),
     "attention 576/512 decode": lambda: run_attention(4, 1, 576, 512),
     "attention 576/512 prefill": lambda: run_attention(1024, 1, 576, 512),

@@ -20,65 +20,13 @@ import triton
 from torch import Tensor
 
 from llmserve.ops.cuda.library import check, check_dense, check_device
+from llmserve.ops.cuda.stacked_weights import StackedWeights
 from llmserve.ops.cuda.triton_kernels.moe_experts import combine_kernel, down_kernel, gate_up_kernel
 from llmserve.ops.cuda.triton_kernels.moe_route import count_kernel, place_kernel, route_kernel
 from llmserve.ops.protocol import ActKind, RouterSpec
 
 _CHUNK: Final = 1024
 """Pairs that a program of `group` looks at in one go."""
-
-
-@dataclass(frozen=True, slots=True)
-class StackedWeights:
-    """One matrix of each expert, `[num_experts, columns, depth]`: bfloat16, or codes of 4 or 8 bits.
-
-    Codes are uint8, two to a byte in 4 bits, the even input in the low half:
-
-        byte j of a row:  | input 2j + 1 | input 2j |
-                            bits 7 … 4     bits 3 … 0
-
-    A weight is `scale * (code - 2 ** (bits - 1)) + bias`, with a float32 scale and bias for each group of inputs,
-    `[num_experts, columns, depth / group]`; without biases they are 0.
-    """
-
-    values: Tensor
-    bits: int = 16
-    scales: Tensor | None = None
-    biases: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(num_experts, columns, depth)."""
-        experts, columns, width = self.values.shape
-        return experts, columns, width * 2 if self.bits == 4 else width
-
-    @property
-    def group(self) -> int:
-        """Inputs that share a scale; all of them where there are no scales."""
-        return self.shape[2] if self.scales is None else self.shape[2] // max(1, self.scales.shape[2])
-
-    def check(self, name: str, shape: tuple[int, int, int]) -> None:
-        """Raises `ValueError` naming what the kernels could not take."""
-        if self.bits not in (4, 8, 16):
-            raise ValueError(f"{name}: {self.bits} bits; 4, 8 and 16 are known")
-        experts, columns, depth = shape
-        width = depth // 2 if self.bits == 4 else depth
-        check(
-            name,
-            self.values,
-            dtypes=(torch.bfloat16 if self.bits == 16 else torch.uint8,),
-            shape=(experts, columns, width),
-        )
-        if (self.scales is None) != (self.bits == 16):
-            raise ValueError(f"{name}: codes have scales, and bfloat16 has none")
-        if self.scales is None:
-            return
-        groups = self.scales.shape[-1]
-        if groups < 1 or depth % groups or depth % 2 or (groups > 1 and self.group % 16):
-            raise ValueError(f"{name}: {groups} groups of {depth} inputs; a group is a multiple of 16 or all of them")
-        for part, tensor in (("scales", self.scales), ("biases", self.biases)):
-            if tensor is not None:
-                check_dense(f"{name}.{part}", tensor, dtypes=(torch.float32,), shape=(experts, columns, groups))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +82,12 @@ _TILES: Final = (
     Tiles(64, Shape(64, 64, 4, 4), Shape(128, 64, 4, 4)),
     Tiles(128, Shape(64, 64, 8, 3), Shape(128, 64, 8, 3)),
 )
-_CODE_TILES: Final = (*_TILES[:2], Tiles(64, Shape(64, 64, 8, 4), Shape(128, 64, 8, 4)))
-"""Codes need registers for a group's product beside the sum, so more threads share fewer rows."""
+# Codes need registers for a group's product beside the sum, so their tiles are smaller or have more threads.
+_CODE_TILES: Final = (
+    Tiles(16, Shape(32, 128, 4, 4), Shape(32, 128, 4, 4)),
+    Tiles(32, Shape(64, 64, 4, 4), Shape(64, 64, 4, 4)),
+    Tiles(64, Shape(64, 64, 8, 4), Shape(128, 64, 8, 4)),
+)
 _TOGETHER: Final = 8
 
 

@@ -92,20 +92,22 @@ def _step(
             w = tl.load(
                 values + column[:, None] * stride + index[None, :], mask=inside & (index < depth)[None, :], other=0
             )
-            codes = w.to(tl.int32) - 128
+            codes = w.to(tl.int32)
         else:
             index = k // 2 + tl.arange(0, BLOCK_K // 2)
             known = inside & (index < depth // 2)[None, :]
             w = tl.load(values + column[:, None] * stride + index[None, :], mask=known, other=0).to(tl.int32)
-            codes = tl.interleave(w & 15, w >> 4) - 8
+            codes = tl.interleave(w & 15, w >> 4)
+            if biases is None:
+                codes -= 8
         # Past the depth x is 0, whatever the codes are.
         product = multiply(x, tl.trans(narrow(codes.to(tl.float32))))
         group = column * (depth // GROUP) + k // GROUP
         there = (column < columns) & (k < depth)
-        total += product * tl.load(scales + group, mask=there, other=0.0)[None, :]
+        total += product * tl.load(scales + group, mask=there, other=0.0).to(tl.float32)[None, :]
         if biases is not None:
             sums = tl.sum(x.to(tl.float32), axis=1)
-            total += sums[:, None] * tl.load(biases + group, mask=there, other=0.0)[None, :]
+            total += sums[:, None] * tl.load(biases + group, mask=there, other=0.0).to(tl.float32)[None, :]
     return total
 
 
