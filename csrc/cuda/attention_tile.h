@@ -99,6 +99,12 @@ __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 
 // --- a tile in shared memory ---------------------------------------------------------------------------------------
 
+// Where in a tile a lane begins, in bytes. Opaque, as else the compiler works out the addresses of all steps before the
+// loop over tiles and has no registers left for it.
+struct LaneOffset {
+  unsigned row, piece;
+};
+
 // Rows of kDim values of T.
 template <typename T, int kDim>
 struct Tile {
@@ -106,9 +112,19 @@ struct Tile {
   static constexpr int kSpread = kPieces % 8 == 0 ? 8 : kPieces % 4 == 0 ? 4 : 2;  // pieces that change places
   static constexpr int kBytes = kTileTokens * kPieces * 16;
 
+  static __device__ unsigned swizzle(unsigned row) { return row / (8 / kSpread) % kSpread; }
+
   // Bytes from the tile's start to a piece of a row.
-  static __device__ int at(int row, int piece) {
-    return (row * kPieces + (piece ^ (row / (8 / kSpread) % kSpread))) * 16;
+  static __device__ unsigned at(unsigned row, unsigned piece) { return (row * kPieces + (piece ^ swizzle(row))) * 16; }
+
+  // The same of lane.row + `rows` and lane.piece + `pieces`, which all lanes have in common: 16 divides the former, and
+  // the latter has none of the bits that a lane's piece may have. All `rows` share one register of addresses.
+  static __device__ unsigned at(LaneOffset lane, unsigned rows, unsigned pieces) {
+    return lane.row + rows * kPieces * 16 + ((pieces * 16) ^ lane.piece);
+  }
+
+  static __device__ LaneOffset lane_offset(unsigned row, unsigned piece) {
+    return {opaque(row * kPieces * 16), opaque((piece ^ swizzle(row)) * 16)};
   }
 };
 
@@ -141,7 +157,7 @@ __device__ void load_tile(const KvCache& cache, const int32_t* table, int kv_hea
     return ((block * cache.kv_heads + kv_head) << shift) + (token & (size - 1));
   };
   const auto exists = [&](int token) { return token >= range.first && token < range.end; };
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < kTileTokens * Layout::kPieces / kThreads; ++i) {
     const int index = i * kThreads + static_cast<int>(threadIdx.x), row = index / Layout::kPieces;
     const int piece = index % Layout::kPieces, token = range.start + row;
@@ -164,21 +180,33 @@ __device__ void load_tile(const KvCache& cache, const int32_t* table, int kv_hea
   }
 }
 
+// For load_keys and load_values of one tile.
+template <typename T, int kDim>
+__device__ LaneOffset key_offset() {
+  const unsigned lane = threadIdx.x % kWarp;
+  return Tile<T, kDim>::lane_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+}
+
+template <typename T, int kDim>
+__device__ LaneOffset value_offset() {
+  return Tile<T, kDim>::lane_offset(threadIdx.x % 16, threadIdx.x % kWarp / 16);
+}
+
 // Operands of scores: 16 keys from `row` on, of 16 bits, times the values 16 * step on. a[0]: keys 0 to 7, b: 8 to 15.
 template <typename T, int kDim>
-__device__ void load_keys(const unsigned char* tile, int row, int step, uint32_t (&a)[2], uint32_t (&b)[2]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+__device__ void load_keys(const unsigned char* tile, LaneOffset lane, int row, int step, uint32_t (&a)[2],
+                          uint32_t (&b)[2]) {
   uint32_t words[4];
-  ldmatrix(words, tile + Tile<T, kDim>::at(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+  ldmatrix(words, tile + Tile<T, kDim>::at(lane, row, 2 * step));
   a[0] = words[0], a[1] = words[1], b[0] = words[2], b[1] = words[3];
 }
 
-// Operands of outputs: 16 values of 16 bits from `row` on, of the columns 16 * unit on. a: columns 0 to 7, b: 8 to 15.
+// Operands of outputs: 16 values of 16 bits from `row` on, of the columns 16 * unit on. a: columns 0 to 7, b: 8 on.
 template <typename T, int kDim>
-__device__ void load_values(const unsigned char* tile, int row, int unit, uint32_t (&a)[2], uint32_t (&b)[2]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+__device__ void load_values(const unsigned char* tile, LaneOffset lane, int row, int unit, uint32_t (&a)[2],
+                            uint32_t (&b)[2]) {
   uint32_t words[4];
-  ldmatrix_transposed(words, tile + Tile<T, kDim>::at(row + lane % 16, 2 * unit + lane / 16));
+  ldmatrix_transposed(words, tile + Tile<T, kDim>::at(lane, row, 2 * unit));
   a[0] = words[0], a[1] = words[1], b[0] = words[2], b[1] = words[3];
 }
 

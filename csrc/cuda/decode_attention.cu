@@ -101,20 +101,22 @@ __device__ void products(const unsigned char* keys, const Rows<kDim>& rows, floa
   for (auto& tile : s)
     for (float& x : tile) x = 0.0f;
   if constexpr (kHasScales<C>) {
+    const LaneOffset at = Tile<C, kDim>::lane_offset(lane % 16, lane / 16);
 #pragma unroll
     for (int step = 0; step < kDim / 16; step += 2) {
       uint32_t words[4], b[2];  // tokens 0 to 7, 8 to 15; the same of the next 16 values
-      ldmatrix(words, keys + Tile<C, kDim>::at(row + lane % 16, step + lane / 16));
+      ldmatrix(words, keys + Tile<C, kDim>::at(at, row, step));
       for (int i = 0; i < 4; ++i) {
         unpack<C>(words[i], b[0], b[1]);
         mma<Operand<C>>(s[i % 2], rows.query[step + i / 2], b);
       }
     }
   } else {
+    const LaneOffset at = key_offset<C, kDim>();
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
       uint32_t b[2][2];
-      load_keys<C, kDim>(keys, row, step, b[0], b[1]);
+      load_keys<C, kDim>(keys, at, row, step, b[0], b[1]);
       mma<Operand<C>>(s[0], rows.query[step], b[0]);
       mma<Operand<C>>(s[1], rows.query[step], b[1]);
     }
@@ -130,6 +132,7 @@ __device__ void add_values(const unsigned char* values, const uint4 (&weights)[k
     a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
   };
   if constexpr (kHasScales<C>) {
+    const LaneOffset at = Tile<C, kDim>::lane_offset(lane, 0);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += 2) {
       uint32_t a[2][4];
@@ -137,7 +140,7 @@ __device__ void add_values(const unsigned char* values, const uint4 (&weights)[k
 #pragma unroll
       for (int u = 0; u < Rows<kDim>::kUnits; ++u) {
         uint32_t words[4];  // of eight tokens each
-        ldmatrix_transposed(words, values + Tile<C, kDim>::at(chunk * kChunkTokens + lane, warp + kWarps * u));
+        ldmatrix_transposed(words, values + Tile<C, kDim>::at(at, chunk * kChunkTokens, warp + kWarps * u));
         for (int i = 0; i < 2; ++i) {
           uint32_t even[2], odd[2];
           for (int half = 0; half < 2; ++half) unpack<C>(words[2 * i + half], even[half], odd[half]);
@@ -147,6 +150,7 @@ __device__ void add_values(const unsigned char* values, const uint4 (&weights)[k
       }
     }
   } else {
+    const LaneOffset at = value_offset<C, kDim>();
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       uint32_t a[4];
@@ -154,7 +158,7 @@ __device__ void add_values(const unsigned char* values, const uint4 (&weights)[k
 #pragma unroll
       for (int u = 0; u < Rows<kDim>::kUnits; ++u) {
         uint32_t b[2][2];
-        load_values<C, kDim>(values, chunk * kChunkTokens, warp + kWarps * u, b[0], b[1]);
+        load_values<C, kDim>(values, at, chunk * kChunkTokens, warp + kWarps * u, b[0], b[1]);
         mma<Operand<C>>(rows.output[u][0], a, b[0]);
         mma<Operand<C>>(rows.output[u][1], a, b[1]);
       }

@@ -85,6 +85,12 @@ __device__ inline float exp2_fast(float x) {
   return out;
 }
 
+// x, of which the compiler no longer knows where it came from: what depends on it is computed where it is needed.
+__device__ inline uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Picks three-input bits: bit (a << 2 | b << 1 | c) of kTable.
 template <int kTable>
 __device__ inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

@@ -318,6 +318,7 @@ void cp_async_wait() {
 
 inline uint4 load_streaming(const void* from) { return *static_cast<const uint4*>(from); }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline uint32_t opaque(uint32_t x) { return x; }
 
 template <int kTable>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

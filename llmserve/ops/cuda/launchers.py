@@ -20,6 +20,7 @@ from llmserve.ops.cuda import (
 from llmserve.ops.cuda import act, copy_blocks, embed, layer_norm, rms_norm, sample, token_logprobs
 from llmserve.ops.cuda import dequantize, gather_columns, int8_linear, quantize_rows, quantized_linear, rms_norm
 from llmserve.ops.cuda import act, copy_blocks, edit_logits, embed, layer_norm, rms_norm, sample, token_logprobs
+from llmserve.ops.cuda import decode_attention, kv_append, prefill_attention, rms_norm
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -44,6 +45,7 @@ class Launchers:
     edit_logits: edit_logits.EditLogits
     sample: sample.Sample
     token_logprobs: token_logprobs.TokenLogprobs
+    prefill_attention: prefill_attention.PrefillAttention
 
 
 def of_library(library: CudaLibrary) -> Launchers:
@@ -66,4 +68,5 @@ def of_library(library: CudaLibrary) -> Launchers:
         edit_logits=edit_logits.launcher(library),
         sample=sample.launcher(library),
         token_logprobs=token_logprobs.launcher(library),
+        prefill_attention=prefill_attention.launcher(library),
     )

@@ -22,6 +22,7 @@ from tests.cuda.emulation.gather_columns import gather_columns
 from tests.cuda.emulation.int8_linear import int8_linear
 from tests.cuda.emulation.quantize_rows import quantize_rows
 from tests.cuda.emulation.quantized_linear import quantized_linear
+from tests.cuda.emulation.prefill_attention import prefill_attention
 from tests.cuda.emulation.rms_norm import rms_norm
 from tests.cuda.emulation.sample import sample
 from tests.cuda.emulation.token_logprobs import token_logprobs
@@ -64,4 +65,5 @@ def torch_launchers() -> Launchers:
         edit_logits=edit_logits,
         sample=sample,
         token_logprobs=token_logprobs,
+        prefill_attention=prefill_attention,
     )
