@@ -21,6 +21,14 @@ from llmserve.ops.cuda import act, copy_blocks, embed, layer_norm, rms_norm, sam
 from llmserve.ops.cuda import dequantize, gather_columns, int8_linear, quantize_rows, quantized_linear, rms_norm
 from llmserve.ops.cuda import act, copy_blocks, edit_logits, embed, layer_norm, rms_norm, sample, token_logprobs
 from llmserve.ops.cuda import decode_attention, kv_append, prefill_attention, rms_norm
+    dequantize,
+    fixed_linear,
+    gather_columns,
+    int8_linear,
+    quantize_rows,
+    quantized_linear,
+    rms_norm,
+)
 from llmserve.ops.cuda.library import CudaLibrary
 
 
@@ -30,6 +38,7 @@ class Launchers:
 
     device: torch.device
     dequantize: dequantize.Dequantize
+    fixed_linear: fixed_linear.FixedLinear
     gather_columns: gather_columns.GatherColumns
     int8_linear: int8_linear.Int8Linear
     quantize_rows: quantize_rows.QuantizeRows
@@ -53,6 +62,7 @@ def of_library(library: CudaLibrary) -> Launchers:
     return Launchers(
         device=library.device,
         dequantize=dequantize.launcher(library),
+        fixed_linear=fixed_linear.launcher(library),
         gather_columns=gather_columns.launcher(library),
         int8_linear=int8_linear.launcher(library),
         quantize_rows=quantize_rows.launcher(library),

@@ -18,6 +18,7 @@ from tests.cuda.emulation.embed import embed
 from tests.cuda.emulation.kv_append import kv_append
 from tests.cuda.emulation.layer_norm import layer_norm
 from tests.cuda.emulation.dequantize import dequantize
+from tests.cuda.emulation.fixed_linear import fixed_linear
 from tests.cuda.emulation.gather_columns import gather_columns
 from tests.cuda.emulation.int8_linear import int8_linear
 from tests.cuda.emulation.quantize_rows import quantize_rows
@@ -50,6 +51,7 @@ def torch_launchers() -> Launchers:
     return Launchers(
         device=torch.device("cpu"),
         dequantize=dequantize,
+        fixed_linear=fixed_linear,
         gather_columns=gather_columns,
         int8_linear=int8_linear,
         quantize_rows=quantize_rows,
