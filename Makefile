@@ -100,7 +100,7 @@ BASE_SITE = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("pur
 
 .PHONY: test-cuda
 test-cuda: .venv-torch/.stamp cuda-emulator ## the CUDA executor with its kernels in torch: whole networks without a GPU
-	@$(TORCH_BIN)/python -m pytest -q -rs -m "not gpu" tests/cuda $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(TORCH_BIN)/python -m pytest -q -rs -m "not gpu" tests/cuda $(PYTEST_ARGS)
 
 .PHONY: test-cpp
 test-cpp: .venv-build/.stamp ## C++ tests under ASan + UBSan (all ISA levels) and TSan (scalar)
@@ -188,17 +188,38 @@ cuda-emulator: .venv-build/.stamp # the same kernels for the CPU: csrc/cuda/emul
 	{ $(CMAKE) --preset cuda-emulator && $(CMAKE) --build build/cuda-emulator --target llmserve_cuda_emulator -j "$$(nproc)"; } >build/cuda-emulator.log \
 		|| { cat build/cuda-emulator.log; exit 1; }
 
+# On a GPU box nothing is fetched: its own Python, and beside it the wheels of build/gpu/wheels, which gpu-wheels fills
+# where there is a network. Results go into the folder that OUT names.
+GPU_PYTHON ?= python3
+GPU_RUN := PYTHONPATH="$(CURDIR)/build/gpu/site:$(CURDIR)" $(GPU_PYTHON)
+GPU_WHEELS := msgspec gguf
+GPU_PLATFORMS := $(foreach tag,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1,--platform $(tag)_x86_64)
+
+.PHONY: gpu-wheels
+gpu-wheels: .venv/.stamp-python ## fetch what a GPU box lacks, for Python 3.12, to be carried there
+	@$(BIN)/python $(PIP) download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(GPU_PLATFORMS) -d build/gpu/wheels $(GPU_WHEELS)
+
+build/gpu/.stamp: $(CPP_SOURCES) CMakeLists.txt setup.py
+	@command -v nvcc >/dev/null || { echo "GPU tests need nvcc (the CUDA toolkit)" >&2; exit 1; }
+	@mkdir -p build/gpu/site
+	@if ls build/gpu/wheels/*.whl >/dev/null 2>&1; then \
+		$(GPU_PYTHON) $(PIP) install --no-index --no-deps --no-compile --upgrade --target build/gpu/site build/gpu/wheels/*.whl; fi
+	@$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	@cmake -S . -B build/gpu/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLMSERVE_BUILD_PYTHON=OFF -DLLMSERVE_CUDA=ON >build/gpu/log \
+		&& cmake --build build/gpu/cuda --target llmserve_cuda >build/gpu/log || { cat build/gpu/log; exit 1; }
+	@cp build/gpu/cuda/libllmserve_cuda.so llmserve/
+	@touch $@
+
 .PHONY: gpu-test
-gpu-test: ## tests that need an NVIDIA GPU
+gpu-test: ## tests that need an NVIDIA GPU, the kernels also under compute-sanitizer
 	@if ! $(HAS_GPU); then echo "skipped: no NVIDIA GPU (nvidia-smi finds none)"; \
-	else $(MAKE) --no-print-directory cuda .venv-torch/.stamp \
-	&& $(TORCH_BIN)/python -m pytest -q -rs -m gpu tests/cuda; fi
+	else $(MAKE) --no-print-directory build/gpu/.stamp && $(GPU_RUN) scripts/gpu_test.py $(GPU_TEST_ARGS); fi
 
 .PHONY: gpu-bench
-gpu-bench: dev ## benchmarks that need an NVIDIA GPU
+gpu-bench: ## benchmarks that need an NVIDIA GPU
 	@if ! $(HAS_GPU); then echo "skipped: no NVIDIA GPU (nvidia-smi finds none)"; \
-	elif ! $(call HAS_FILES,benchmarks/gpu/*.py); then echo "skipped: there are no GPU benchmarks"; \
-	else $(BIN)/python -m benchmarks.gpu; fi
+	else $(MAKE) --no-print-directory build/gpu/.stamp && $(GPU_RUN) -m benchmarks.gpu $(GPU_BENCH_ARGS); fi
 
 .PHONY: reference-env
 reference-env: ## build .venv-reference: torch and transformers, which golden values come from

@@ -8,7 +8,7 @@ from typing import Literal
 
 RopeStyle = Literal["half", "interleaved"]
 Device = Literal["cpu", "cuda", "reference"]
-KVCacheDtype = Literal["bf16", "int8"]
+KVCacheDtype = Literal["bf16", "fp16", "fp8", "int8"]
 Speculation = Literal["auto", "off"]
 DEFAULT_ITL_TARGET_MS = 50.0
 DEFAULT_MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS = 15, 63
@@ -87,7 +87,9 @@ class ExecutorConfig:
     exact: bool = False
     """Activations and float weights in float32: slower, closer to the checkpoint."""
     kv_cache_dtype: KVCacheDtype = "bf16"
-    """int8 halves the KV cache, with one scale for each token and head."""
+    """int8 halves the KV cache, with one scale for each token and head; so does fp8 (E4M3). fp16 and fp8: CUDA."""
+    deterministic: bool = False
+    """CUDA: a sequence's results do not depend on what else is in the step. On the CPU they never do."""
     isa: str = ""
     """Highest instruction set to use: scalar, avx2, avx512 or amx; empty: the best. It only lowers the choice."""
     images: ImageConfig | None = None
@@ -124,6 +126,8 @@ class EngineConfig:
     num_threads: int = 0
     exact: bool = False
     kv_cache_dtype: KVCacheDtype = "bf16"
+    deterministic: bool = False
+    """CUDA: results do not depend on the batch, at some cost. On the CPU they never do."""
     packed_cache_bytes: int | None = None
     """Most bytes of packed weights kept on disk for later starts; 0: none. None: $LLMSERVE_PACKED_CACHE_GIB, else 64
     GiB."""

@@ -1,6 +1,6 @@
 // Decode attention: the keys of a sequence are split into ranges of fixed places, each range and key-value head is an
 // item, and the items' states are merged in the order of the tokens by a second kernel. What a row comes to depends on
-// its own sequence and split_tokens alone.
+// its own sequence and the tokens of a split alone.
 //
 // A block of four warps goes through its items tile by tile. The up to 16 queries of a key-value head are the rows of
 // one matrix instruction (more: several items). Warp w has the scores of tokens 16 w to 16 w + 15 of a tile; all
@@ -31,6 +31,9 @@ struct Cursor {
   int item, sequence, split, kv_head, row_tile, first, end, tile, end_tile;
 };
 
+// On the device, so that a captured graph follows it.
+__device__ int split_tokens(const DecodeAttentionArgs& args) { return args.extent[1]; }
+
 __device__ int first_token(const DecodeAttentionArgs& args, int seq_len) {
   return args.window > 0 ? max(0, seq_len - static_cast<int>(args.window)) : 0;
 }
@@ -41,11 +44,11 @@ __device__ bool enter(const DecodeAttentionArgs& args, int num_items, int of_wor
     const int index = cursor.item / of_work, rest = cursor.item % of_work,
               kv_heads = static_cast<int>(args.cache.kv_heads);
     const int2 work = reinterpret_cast<const int2*>(args.work)[index];
-    const int seq_len = args.seq_lens[work.x], start = work.y * static_cast<int>(args.split_tokens);
+    const int seq_len = args.seq_lens[work.x], start = work.y * split_tokens(args);
     cursor.sequence = work.x, cursor.split = work.y;
     cursor.kv_head = rest % kv_heads, cursor.row_tile = rest / kv_heads;
     cursor.first = max(start, first_token(args, seq_len));
-    cursor.end = min(start + static_cast<int>(args.split_tokens), seq_len);
+    cursor.end = min(start + split_tokens(args), seq_len);
     cursor.tile = cursor.first / kTileTokens;
     cursor.end_tile = (cursor.end + kTileTokens - 1) / kTileTokens;
     if (cursor.first < cursor.end) return true;
@@ -243,7 +246,7 @@ __device__ void finish_item(const DecodeAttentionArgs& args, const Cursor& curso
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int group = static_cast<int>(args.heads / args.cache.kv_heads),
             head_dim = static_cast<int>(args.cache.head_dim);
-  const int before = first_token(args, args.seq_lens[cursor.sequence]) / static_cast<int>(args.split_tokens);
+  const int before = first_token(args, args.seq_lens[cursor.sequence]) / split_tokens(args);
   const int64_t partial = args.partial_start[cursor.sequence] + cursor.split - before;
   for (int i = 0; i < 2; ++i) {
     const int row = cursor.row_tile * kRowTile + lane / 4 + 8 * i;
@@ -276,7 +279,7 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(DecodeAttent
   auto* stages = dynamic_shared<unsigned char>();
   const int group = static_cast<int>(args.heads / args.cache.kv_heads);
   const int of_work = static_cast<int>(args.cache.kv_heads) * ((group + kRowTile - 1) / kRowTile);
-  const int num_items = *args.num_work * of_work;
+  const int num_items = args.extent[0] * of_work;
   Cursor now, ahead;
   now.item = static_cast<int>(blockIdx.x);
   bool is_now = enter(args, num_items, of_work, now), is_ahead = is_now;
@@ -311,7 +314,7 @@ __global__ void merge_splits_kernel(DecodeAttentionArgs args) {
   const int sequence = static_cast<int>(blockIdx.x / args.heads), head = static_cast<int>(blockIdx.x % args.heads);
   const int column = static_cast<int>(threadIdx.x) * 2, head_dim = static_cast<int>(args.cache.head_dim);
   if (column >= head_dim) return;
-  const int seq_len = args.seq_lens[sequence], split = static_cast<int>(args.split_tokens);
+  const int seq_len = args.seq_lens[sequence], split = split_tokens(args);
   const int count = (seq_len + split - 1) / split - first_token(args, seq_len) / split;
   const int64_t first = args.partial_start[sequence];
   RowState state;
@@ -363,8 +366,7 @@ LLMSERVE_CUDA_API int32_t llmserve_cuda_decode_attention(const llmserve::cuda::D
   using namespace llmserve::cuda;
   if (args->sequences == 0) return cudaSuccess;
   const int64_t head_dim = args->cache.head_dim;
-  if (args->sequences < 0 || head_dim <= 0 || head_dim > 256 || head_dim % 8 != 0 || args->split_tokens <= 0 ||
-      args->split_tokens % kTileTokens != 0 || args->num_ctas <= 0)
+  if (args->sequences < 0 || head_dim <= 0 || head_dim > 256 || head_dim % 8 != 0 || args->num_ctas <= 0)
     return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
   switch (args->cache.type) {

@@ -117,6 +117,8 @@ def build(config: ModelConfig, forward: Forward, executor_config: ExecutorConfig
     del config  # the forward says it all
     if executor_config.block_size != BLOCK_SIZE:
         raise InvalidRequest(f"block_size: the CPU executor has blocks of {BLOCK_SIZE} tokens", param="block_size")
+    if executor_config.kv_cache_dtype not in ("bf16", "int8"):
+        raise InvalidRequest("kv_cache_dtype: the CPU executor's cache is bf16 or int8", param="kv_cache_dtype")
     tape = TapeBuilder()
     forward(tape)
     plan = Compiler(tape.ops, executor_config.exact).run()

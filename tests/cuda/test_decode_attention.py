@@ -36,10 +36,10 @@ def planned(seq_lens: Tensor, heads: int, head_dim: int, split: int, window: int
     work, start = plan_work(seq_lens.cpu().numpy(), split_tokens=split, window=window, max_work=10_000)
     room = torch.full((len(work) + SLACK, 2), 2**30, dtype=torch.int32, device=on)
     room[: len(work)] = torch.from_numpy(work)
-    number = torch.tensor([len(work)], dtype=torch.int32, device=on)
+    extent = torch.tensor([len(work), split], dtype=torch.int32, device=on)
     state = torch.full((len(room), heads, 2), float("nan"), device=on)
     out = torch.full((len(room), heads, head_dim), float("nan"), device=on)
-    return SplitWork(room, number, torch.from_numpy(start).to(on), split), SplitWorkspace(out, state)
+    return SplitWork(room, extent, torch.from_numpy(start).to(on)), SplitWorkspace(out, state)
 
 
 def decode(
@@ -182,9 +182,7 @@ def test_nan_of_a_value_reaches_its_sequence_alone(launchers: Launchers) -> None
     assert not out[1].isnan().any()
 
 
-@pytest.mark.parametrize(
-    "wrong", ["q", "out", "block_tables", "seq_lens", "work", "workspace.out", "sinks", "split_tokens"]
-)
+@pytest.mark.parametrize("wrong", ["q", "out", "block_tables", "seq_lens", "work", "workspace.out", "sinks", "extent"])
 def test_a_tensor_that_does_not_fit_is_named(launchers: Launchers, wrong: str) -> None:
     random = np.random.default_rng(fresh_seed())
     case = paged(random, launchers.device, torch.bfloat16, [5, 6])
@@ -206,7 +204,7 @@ def test_a_tensor_that_does_not_fit_is_named(launchers: Launchers, wrong: str) -
     elif wrong == "sinks":
         rule = rule_of(sinks=torch.zeros(3, device=launchers.device))
     else:
-        work = replace(work, split_tokens=80)
+        work = replace(work, extent=work.extent[:1])
     with pytest.raises(ValueError, match=f"^{wrong}: "):
         launchers.decode_attention(q, out, case.cache, tables, lens, work, workspace, rule, num_ctas=1)
 
@@ -227,6 +225,8 @@ def test_the_plan_has_every_split_once() -> None:
         assert [tuple(row) for row in work.tolist()] == want
     with pytest.raises(ValueError, match=r"^max_work: 3 splits, room for 2"):
         plan_work(np.array([129]), split_tokens=64, window=0, max_work=2)
+    with pytest.raises(ValueError, match=r"^split_tokens: 80 "):
+        plan_work(np.array([129]), split_tokens=80, window=0, max_work=2)
 
 
 def test_splits_are_as_large_as_leaves_no_sm_idle() -> None:

@@ -17,7 +17,9 @@ status = ctypes.CDLL(sys.argv[1]).llmserve_emulator_self_test(int(sys.argv[2]), 
 print(status, *out)
 """
 
-pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the kernels are not built for the CPU: make cuda-emulator")
+pytestmark = pytest.mark.skipif(
+    not LIBRARY.exists(), reason="the kernels are not built for the CPU: make cuda-emulator"
+)
 
 
 def run(which: int) -> subprocess.CompletedProcess[str]:

@@ -38,9 +38,8 @@ class SplitWork:
     """`plan_work` on the device, in buffers that may be larger than what they hold."""
 
     work: Tensor  # int32 [max_work, 2]
-    num_work: Tensor  # int32 [1]
+    extent: Tensor  # int32 [2]: how much work there is, and the tokens of a split, a multiple of 64
     partial_start: Tensor  # int32 [sequences]
-    split_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ class _Args(ctypes.Structure):
         ("block_tables", ctypes.c_void_p),
         ("seq_lens", ctypes.c_void_p),
         ("work", ctypes.c_void_p),
-        ("num_work", ctypes.c_void_p),
+        ("extent", ctypes.c_void_p),
         ("partial_start", ctypes.c_void_p),
         ("sinks", ctypes.c_void_p),
         ("partial_out", ctypes.c_void_p),
@@ -95,7 +94,6 @@ class _Args(ctypes.Structure):
         ("q_stride", ctypes.c_int64),
         ("out_stride", ctypes.c_int64),
         ("table_stride", ctypes.c_int64),
-        ("split_tokens", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("num_ctas", ctypes.c_int64),
         ("scale", ctypes.c_float),
@@ -126,7 +124,7 @@ def launcher(library: CudaLibrary) -> DecodeAttention:
             block_tables=pointer(block_tables),
             seq_lens=pointer(seq_lens),
             work=pointer(split.work),
-            num_work=pointer(split.num_work),
+            extent=pointer(split.extent),
             partial_start=pointer(split.partial_start),
             sinks=pointer(rule.sinks),
             partial_out=pointer(workspace.out),
@@ -136,7 +134,6 @@ def launcher(library: CudaLibrary) -> DecodeAttention:
             q_stride=q.stride(0),
             out_stride=out.stride(0),
             table_stride=block_tables.stride(0),
-            split_tokens=split.split_tokens,
             window=rule.window,
             num_ctas=num_ctas,
             scale=rule.scale,
@@ -180,10 +177,8 @@ def check_arguments(
     check("block_tables", block_tables, dtypes=_I32, shape=(sequences, *block_tables.shape[1:2]))
     check_dense("seq_lens", seq_lens, dtypes=_I32, shape=(sequences,))
     check_dense("work", split.work, dtypes=_I32, shape=(*split.work.shape[:1], 2))
-    check_dense("num_work", split.num_work, dtypes=_I32, shape=(1,))
+    check_dense("extent", split.extent, dtypes=_I32, shape=(2,))
     check_dense("partial_start", split.partial_start, dtypes=_I32, shape=(sequences,))
-    if split.split_tokens <= 0 or split.split_tokens % TILE_TOKENS != 0:
-        raise ValueError(f"split_tokens: {split.split_tokens} is not a multiple of {TILE_TOKENS}")
     if num_ctas <= 0:
         raise ValueError(f"num_ctas: {num_ctas}")
     max_work = split.work.shape[0]
@@ -191,7 +186,7 @@ def check_arguments(
     check_dense("workspace.state", workspace.state, dtypes=_F32, shape=(max_work, heads, 2))
     check_device(
         q=q, out=out, k_cache=cache.k, v_cache=cache.v, k_scales=cache.k_scales, v_scales=cache.v_scales,
-        block_tables=block_tables, seq_lens=seq_lens, work=split.work, num_work=split.num_work,
+        block_tables=block_tables, seq_lens=seq_lens, work=split.work, extent=split.extent,
         partial_start=split.partial_start, workspace_out=workspace.out, workspace_state=workspace.state,
         sinks=rule.sinks,
     )  # fmt: skip
@@ -203,8 +198,11 @@ def plan_work(
     """Which splits there are, and where each sequence's first is among them.
 
     Returns (int32 [num_work, 2] of sequence and split, int32 [sequences]). Splits of a sequence follow each other; with
-    a window those before it are left out. Raises `ValueError` where there are more than `max_work`.
+    a window those before it are left out. Raises `ValueError` where there are more than `max_work`, or splits
+    are not whole tiles.
     """
+    if split_tokens <= 0 or split_tokens % TILE_TOKENS != 0:
+        raise ValueError(f"split_tokens: {split_tokens} is not a multiple of {TILE_TOKENS}")
     lens = np.asarray(seq_lens, np.int64)
     first = np.maximum(lens - window, 0) // split_tokens if window else np.zeros_like(lens)
     counts = -(-lens // split_tokens) - first

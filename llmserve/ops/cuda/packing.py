@@ -9,7 +9,8 @@ form here (q2_k, q3_k, and q6_k, whose groups of 16 are smaller than the kernel'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -53,8 +54,8 @@ class PackedWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plain:
-    """Codes and scales as rows."""
+class PlainCodes:
+    """Codes and scales as rows: scale * code, or scale * code + bias; symmetric codes of 4 bits are stored plus 8."""
 
     bits: int
     codes: Bytes  # [outputs, inputs], as they are stored
@@ -67,7 +68,7 @@ def pack(tensor: CheckpointTensor) -> PackedWeight | None:
     """None where the type has no exact packed form. Raises `ValueError` for anything but a matrix."""
     if len(tensor.shape) != 2:
         raise ValueError(f"{tensor.name}: shape {tensor.shape} is not that of a matrix")
-    plain = _plain(tensor)
+    plain = plain_codes(tensor)
     outputs, inputs = tensor.shape
     if plain is None or inputs % 8 != 0:  # the kernels read eight inputs at a time
         return None
@@ -85,6 +86,25 @@ def pack(tensor: CheckpointTensor) -> PackedWeight | None:
         scales=_strips(plain.scales, padded[0], groups),
         biases=None if plain.biases is None else _strips(plain.biases, padded[0], groups),
         order=None if tensor.order is None else np.array(tensor.order, np.int32),
+    )
+
+
+def concatenate(parts: Sequence[PackedWeight]) -> PackedWeight:
+    """One weight with the outputs of all, one after the other.
+
+    They have one form, order and number of inputs, and all but the last fill their pairs of strips.
+    """
+    first = parts[0]
+    assert len({(part.bits, part.group, part.inputs, part.biases is None) for part in parts}) == 1
+    assert all(part.outputs % (STRIP * STRIPS) == 0 for part in parts[:-1])
+    return replace(
+        first,
+        outputs=sum(part.outputs for part in parts),
+        codes=np.concatenate([part.codes for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
+        biases=None
+        if first.biases is None
+        else np.concatenate([part.biases for part in parts if part.biases is not None]),
     )
 
 
@@ -140,10 +160,11 @@ def _channels(scales: Scales) -> NDArray[np.float32]:
     return scales.transpose(0, 3, 2, 1).reshape(-1, scales.shape[1]).astype(np.float32)
 
 
-def _plain(tensor: CheckpointTensor) -> _Plain | None:
+def plain_codes(tensor: CheckpointTensor) -> PlainCodes | None:
+    """None where the type has no codes of 4 or 8 bits that say exactly what it says."""
     if tensor.dtype == "i8":
         rows = np.frombuffer(tensor.data, np.uint8).reshape(tensor.shape[0], tensor.shape[1] + 4)
-        return _Plain(8, rows[:, :-4], np.ascontiguousarray(rows[:, -4:]).view("<f4"), None, whole_row=True)
+        return PlainCodes(8, rows[:, :-4], np.ascontiguousarray(rows[:, -4:]).view("<f4"), None, whole_row=True)
     _, size = BLOCKS[tensor.dtype]
     if tensor.dtype in ("f32", "f16", "bf16"):
         return None
@@ -152,40 +173,40 @@ def _plain(tensor: CheckpointTensor) -> _Plain | None:
     if found is None:
         return None
     biases = None if found.biases is None else found.biases.reshape(tensor.shape[0], -1)
-    return _Plain(found.bits, found.codes.reshape(tensor.shape), found.scales.reshape(tensor.shape[0], -1), biases)
+    return PlainCodes(found.bits, found.codes.reshape(tensor.shape), found.scales.reshape(tensor.shape[0], -1), biases)
 
 
-def _blocks_of_4(dtype: str, blocks: Bytes) -> _Plain | None:
+def _blocks_of_4(dtype: str, blocks: Bytes) -> PlainCodes | None:
     if dtype == "q4_0" or dtype.startswith("i4_"):
-        return _Plain(4, _nibbles(blocks[:, 2:], 16), _half(blocks[:, :2]), None)
+        return PlainCodes(4, _nibbles(blocks[:, 2:], 16), _half(blocks[:, :2]), None)
     if dtype == "q4_1" or dtype.startswith("u4_"):
-        return _Plain(4, _nibbles(blocks[:, 4:], 16), _half(blocks[:, :2]), _half(blocks[:, 2:4]))
+        return PlainCodes(4, _nibbles(blocks[:, 4:], 16), _half(blocks[:, :2]), _half(blocks[:, 2:4]))
     if dtype == "q4_k":
-        return _Plain(4, _nibbles(blocks[:, 16:], 32), *_six_bits(blocks))
+        return PlainCodes(4, _nibbles(blocks[:, 16:], 32), *_six_bits(blocks))
     return None
 
 
-def _blocks_of_8(dtype: str, blocks: Bytes) -> _Plain | None:
+def _blocks_of_8(dtype: str, blocks: Bytes) -> PlainCodes | None:
     match dtype:
         case "q8_0":
-            return _Plain(8, blocks[:, 2:], _half(blocks[:, :2]), None)
+            return PlainCodes(8, blocks[:, 2:], _half(blocks[:, :2]), None)
         case "q5_0":
             codes = _nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks[:, 2:6])
-            return _Plain(8, codes - np.uint8(16), _half(blocks[:, :2]), None)  # wraps: they are read as int8
+            return PlainCodes(8, codes - np.uint8(16), _half(blocks[:, :2]), None)  # wraps: they are read as int8
         case "q5_1":
             codes = _nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks[:, 4:8])
-            return _Plain(8, codes, _half(blocks[:, :2]), _half(blocks[:, 2:4]))
+            return PlainCodes(8, codes, _half(blocks[:, :2]), _half(blocks[:, 2:4]))
         case "q5_k":
             planes = np.concatenate([blocks[:, 16:48] >> bit & 1 for bit in range(8)], axis=1)
-            return _Plain(8, _nibbles(blocks[:, 48:], 32) | planes << np.uint8(4), *_six_bits(blocks))
+            return PlainCodes(8, _nibbles(blocks[:, 48:], 32) | planes << np.uint8(4), *_six_bits(blocks))
         case "iq4_nl":
-            return _Plain(8, _from_codebook(_nibbles(blocks[:, 2:], 16)), _half(blocks[:, :2]), None)
+            return PlainCodes(8, _from_codebook(_nibbles(blocks[:, 2:], 16)), _half(blocks[:, :2]), None)
         case "iq4_xs":
             upper = np.stack([blocks[:, 2:4] >> shift & 3 for shift in (0, 2, 4, 6)], axis=2).reshape(-1, 8)
             lower = np.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], axis=2).reshape(-1, 8)
             steps = (lower | upper << 4).astype(np.float32) - np.float32(32)
             scales = _half(blocks[:, :2]).astype(np.float32) * steps
-            return _Plain(8, _from_codebook(_nibbles(blocks[:, 8:], 16)), scales, None)
+            return PlainCodes(8, _from_codebook(_nibbles(blocks[:, 8:], 16)), scales, None)
     return None
 
 

@@ -13,17 +13,17 @@ from llmserve.ops.cuda.library import CudaLibrary
 from tests.cuda.emulation.act import act
 from tests.cuda.emulation.copy_blocks import copy_blocks
 from tests.cuda.emulation.decode_attention import decode_attention
+from tests.cuda.emulation.dequantize import dequantize
 from tests.cuda.emulation.edit_logits import edit_logits
 from tests.cuda.emulation.embed import embed
-from tests.cuda.emulation.kv_append import kv_append
-from tests.cuda.emulation.layer_norm import layer_norm
-from tests.cuda.emulation.dequantize import dequantize
 from tests.cuda.emulation.fixed_linear import fixed_linear
 from tests.cuda.emulation.gather_columns import gather_columns
 from tests.cuda.emulation.int8_linear import int8_linear
+from tests.cuda.emulation.kv_append import kv_append
+from tests.cuda.emulation.layer_norm import layer_norm
+from tests.cuda.emulation.prefill_attention import prefill_attention
 from tests.cuda.emulation.quantize_rows import quantize_rows
 from tests.cuda.emulation.quantized_linear import quantized_linear
-from tests.cuda.emulation.prefill_attention import prefill_attention
 from tests.cuda.emulation.rms_norm import rms_norm
 from tests.cuda.emulation.sample import sample
 from tests.cuda.emulation.token_logprobs import token_logprobs
@@ -50,22 +50,21 @@ def torch_launchers() -> Launchers:
     """The same signatures and arithmetic in torch, on the CPU: whole networks run."""
     return Launchers(
         device=torch.device("cpu"),
-        dequantize=dequantize,
-        fixed_linear=fixed_linear,
-        gather_columns=gather_columns,
-        int8_linear=int8_linear,
-        quantize_rows=quantize_rows,
-        quantized_linear=quantized_linear,
         rms_norm=rms_norm,
         layer_norm=layer_norm,
         act=act,
         embed=embed,
         kv_append=kv_append,
         decode_attention=decode_attention,
+        prefill_attention=prefill_attention,
         quantized_linear=quantized_linear,
+        int8_linear=int8_linear,
+        fixed_linear=fixed_linear,
+        quantize_rows=quantize_rows,
+        dequantize=dequantize,
+        gather_columns=gather_columns,
         copy_blocks=copy_blocks,
         edit_logits=edit_logits,
         sample=sample,
         token_logprobs=token_logprobs,
-        prefill_attention=prefill_attention,
     )

@@ -24,7 +24,8 @@ def decode_attention(
 ) -> None:
     check_arguments(q, out, cache, block_tables, seq_lens, split, workspace, rule, num_ctas)
     group = q.shape[1] // cache.kv_heads
-    splits = split.work[: int(split.num_work)].tolist()
+    num_work, size = split.extent.tolist()
+    splits = split.work[:num_work].tolist()
     for index, seq_len in enumerate(seq_lens.tolist()):
         visible = max(0, seq_len - rule.window) if rule.window else 0
         own = [number for sequence, number in splits if sequence == index]
@@ -32,7 +33,7 @@ def decode_attention(
             rows = slice(head * group, (head + 1) * group)
             state = empty_state(group, cache.head_dim)
             for number in own:
-                first, end = number * split.split_tokens, min((number + 1) * split.split_tokens, seq_len)
+                first, end = number * size, min((number + 1) * size, seq_len)
                 k, v = gather(cache, block_tables[index], max(first, visible), end, head)
                 seen = torch.ones((group, len(k)), dtype=torch.bool)
                 state = merge(state, attend(q[index, rows].float(), k, v, seen, rule, operand_of(cache)))
