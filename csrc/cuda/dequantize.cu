@@ -38,7 +38,9 @@ __global__ void __launch_bounds__(kBlock) dequantize_kernel(DequantizeArgs args,
     uint32_t a[2][4];
     unpack_half<kBits>(load_streaming(codes + ((kBits == 4 ? 0 : half) * kWarp + lane) * kChunk), half,
                        kBiases ? k128 : k136, a);
-    const int64_t group = strip * groups.per_strip + (groups.per_tile == 2 ? tile * 2 + half : tile >> groups.shift);
+    const int in_tile = (half * kHalfK + lane % 4 * 8) * groups.per_tile / kTileK;  // which group of several
+    const int64_t group =
+        strip * groups.per_strip + (groups.per_tile > 1 ? tile * groups.per_tile + in_tile : tile >> groups.shift);
     const float2 scale = pair_of(load_pair(args.scales, group, lane / 4, groups.is_float32), groups.is_float32);
     float2 bias{0, 0};
     if constexpr (kBiases)

@@ -24,10 +24,10 @@
 //
 //     which as they are are the operand of a 16 x 32 product of int8.
 //
-// Scales and biases: [strip][group][r][2], channels r and r + 8 side by side; a group is 32, 64 or 128 inputs or all.
-// A weight is scale * code; codes of 4 bits count from -8 (stored plus 8) where there are no biases. Where there are
-// they count from 0, and the weight is scale * code + bias. The codes enter the products as bfloat16 integers, which
-// are exact, and each group's sum is scaled in float32.
+// Scales and biases: [strip][group][r][2], channels r and r + 8 side by side; a group is 32, 64 or 128 inputs or all;
+// with 8 bits and no biases also 16. A weight is scale * code; codes of 4 bits count from -8 (stored plus 8) where
+// there are no biases. Where there are they count from 0, and the weight is scale * code + bias. The codes enter the
+// products as bfloat16 integers, which are exact, and each group's sum is scaled in float32.
 #pragma once
 
 #include "cuda/device.h"
@@ -37,7 +37,7 @@ namespace llmserve::cuda {
 
 constexpr int kStrip = 16;     // output channels
 constexpr int kTileK = 64;     // inputs of a tile
-constexpr int kHalfK = 32;     // of half a tile: the smallest group
+constexpr int kHalfK = 32;     // of half a tile
 constexpr int kRowOctet = 8;   // rows of the batch in a right operand
 constexpr int kStripPair = 2;  // strips are padded to pairs
 constexpr int kChunk = 16;     // bytes that a lane reads at once
@@ -85,7 +85,7 @@ __device__ inline void unpack_half(const uint4& vector, int half, uint32_t zero,
 
 // Which scales are whose. Passed to kernels as it is.
 struct Groups {
-  int per_tile;     // groups in a tile: 2, or 1 where one has a tile or more
+  int per_tile;     // groups in a tile: 4, 2, or 1 where one has a tile or more
   int shift;        // tile >> shift is the group where per_tile is 1
   int per_strip;    // groups of a strip
   int unit;         // tiles that slices do not cut
@@ -100,7 +100,10 @@ inline Groups groups_of(int64_t inputs, int64_t tiles, bool is_float32) {
   constexpr int kNever = 31;
   const int all = static_cast<int>(tiles);
   if (inputs == 0) return {1, kNever, 1, 1, is_float32};
-  if (inputs < kTileK) return {2, 0, 2 * all, 1, is_float32};
+  if (inputs < kTileK) {
+    const int per_tile = kTileK / static_cast<int>(inputs);
+    return {per_tile, 0, per_tile * all, 1, is_float32};
+  }
   const int group = static_cast<int>(inputs) / kTileK;
   return {1, group / 2, all / group, group, is_float32};
 }

@@ -41,18 +41,24 @@ __device__ void operands_of(const uint4& x, uint32_t (&b)[2][2]) {
   b[1][1] = x.w;
 }
 
+// Groups of 16 are the inputs of two of the four quads of a half: the product of one of them has zeros in the others.
+__device__ uint4 only_group(const uint4& x, int group) {
+  return static_cast<int>(threadIdx.x) % 4 / 2 == group ? x : uint4{0, 0, 0, 0};
+}
+
 // --- few rows --------------------------------------------------------------------------------------------------------
 
 // One slice of a strip, by one warp: codes and scales are loaded kDepth tiles ahead, the rows, which lie in a cache,
 // two.
-template <int kBits, bool kHalves, bool kBiases>
+template <int kBits, int kPerTile, bool kBiases>
 struct Stream {
-  static constexpr int kDepth = kBits == 4 ? (kHalves ? 4 : kBiases ? 6 : 8) : (kBiases ? 2 : 4), kAheadOfX = 2;
-  static constexpr int kVectors = kBits / 4, kScales = kHalves ? 2 : 1;
+  static constexpr int kAheadOfX = 2;
+  static constexpr int kDepth = kBits == 4 ? (kPerTile > 1 ? 4 : kBiases ? 6 : 8) : (kPerTile == 4 || kBiases ? 2 : 4);
+  static constexpr int kVectors = kBits / 4, kGroupsOfHalf = kPerTile == 4 ? 2 : 1;
 
   struct Weights {
     uint4 codes[kVectors];
-    uint2 scales[kScales], biases[kBiases ? kScales : 1];
+    uint2 scales[kPerTile], biases[kBiases ? kPerTile : 1];
   };
   struct Rows {
     uint4 halves[2];
@@ -68,8 +74,8 @@ struct Stream {
   __device__ void load(int tile, Weights& out) const {
     const auto* codes = static_cast<const unsigned char*>(args.codes) + (strip * tiles + tile) * kTileBytes<kBits>;
     for (int i = 0; i < kVectors; ++i) out.codes[i] = load_streaming(codes + (i * kWarp + lane) * kChunk);
-    for (int i = 0; i < kScales; ++i) {
-      const int64_t at = strip * groups.per_strip + (kHalves ? tile * 2 + i : tile >> groups.shift);
+    for (int i = 0; i < kPerTile; ++i) {
+      const int64_t at = strip * groups.per_strip + (kPerTile > 1 ? tile * kPerTile + i : tile >> groups.shift);
       out.scales[i] = load_pair(args.scales, at, lane / 4, groups.is_float32);
       if constexpr (kBiases) out.biases[i] = load_pair(args.biases, at, lane / 4, groups.is_float32);
     }
@@ -94,14 +100,16 @@ struct Stream {
     for (int half = 0; half < 2; ++half) {
       uint32_t a[2][4], b[2][2];
       unpack_half<kBits>(weights.codes[kBits == 4 ? 0 : half], half, kBiases ? k128 : k136, a);
-      operands_of(rows.halves[half], b);
-      for (int step = 0; step < 2; ++step) {
-        mma_bf16(sum, a[step], b[step]);
-        if constexpr (kBiases) mma_bf16(inputs, {kOnes, kOnes, kOnes, kOnes}, b[step]);
+      for (int group = 0; group < kGroupsOfHalf; ++group) {
+        operands_of(kPerTile == 4 ? only_group(rows.halves[half], group) : rows.halves[half], b);
+        for (int step = 0; step < 2; ++step) {
+          mma_bf16(sum, a[step], b[step]);
+          if constexpr (kBiases) mma_bf16(inputs, {kOnes, kOnes, kOnes, kOnes}, b[step]);
+        }
+        if constexpr (kPerTile > 1) scale(weights, half * kGroupsOfHalf + group);
       }
-      if constexpr (kHalves) scale(weights, half);
     }
-    if (!kHalves && ends) scale(weights, 0);
+    if (kPerTile == 1 && ends) scale(weights, 0);
   }
 
   __device__ void run(int begin, int end) {
@@ -147,7 +155,7 @@ __device__ void finish_strip(const LinearArgs& args, const float (&sums)[kStream
   if (exists && is_first) write_output(args, row, first_channel + channel, sum);
 }
 
-template <int kBits, bool kHalves, bool kBiases>
+template <int kBits, int kPerTile, bool kBiases>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 2)
     quantized_stream_kernel(QuantizedLinearArgs args, Groups groups) {
   __shared__ float sums[kStreamWarps][kRowOctet][kStrip];
@@ -156,7 +164,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 2)
   const int slice = static_cast<int>(blockIdx.y) * kStreamWarps + warp;
   const auto* x = static_cast<const __nv_bfloat16*>(args.linear.x);
   const int row = lane / 4;
-  Stream<kBits, kHalves, kBiases> stream{
+  Stream<kBits, kPerTile, kBiases> stream{
       args, groups, blockIdx.x, lane, tiles, row < args.linear.rows ? x + row * args.linear.x_stride : nullptr};
   const int64_t units = tiles / groups.unit;
   stream.run(static_cast<int>(slice_begin(units, args.linear.slices, slice)) * groups.unit,
@@ -170,15 +178,18 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 2)
 
 // One block: kChannels outputs, the octets of rows dealt to kRowWarps warps in turn, kOctets each.
 //
-//   stage: | rows x 64 inputs, 128 bytes a row | codes of 8 strips | scales, 128 bytes a strip | biases |
+//   stage: | rows x 64 inputs, 128 bytes a row | codes of 8 strips | scales, 128 or 256 bytes a strip | biases |
 //
 // The second half of an odd row comes first: two rows, which eight lanes read at once, then lie in different banks.
 template <int kBits, bool kBiases, int kOctets, int kRowWarps>
 struct Tile {
   static constexpr int kRows = kOctets * kRowWarps * kRowOctet, kThreads = kChannelWarps * kRowWarps * kWarp;
   static constexpr int kStrips = kChannels / kStrip;
+  static constexpr int kNoGroup = -1;
   static constexpr int kStages = kRows <= 16 ? (kBits == 4 ? 6 : 4) : 4;
-  static constexpr int kRowBytes = kTileK * 2, kScaleBytes = 2 * kStrip * 4;
+  static constexpr bool kHasSixteens = kBits == 8 && !kBiases;  // groups of 16
+  static constexpr int kRowBytes = kTileK * 2, kScaleBytes = (kHasSixteens ? 4 : 2) * kStrip * 4;
+  static_assert(kStrips * kScaleBytes / kChunk <= kThreads, "each thread copies scales once");
   static constexpr int kCodes = kRows * kRowBytes, kScales = kCodes + kStrips * kTileBytes<kBits>;
   static constexpr int kBiasesAt = kScales + kStrips * kScaleBytes;
   static constexpr int kStageBytes = kBiasesAt + (kBiases ? kStrips * kScaleBytes : 0);
@@ -212,9 +223,11 @@ struct Tile {
   }
 
   __device__ void copy_scales(int tile, const unsigned char* from, unsigned char* to) const {
-    const int strip = thread() / 8, chunk = thread() % 8, size = groups.is_float32 ? 4 : 2;
+    constexpr int kChunks = kScaleBytes / kChunk;
+    const int strip = thread() / kChunks, chunk = thread() % kChunks, size = groups.is_float32 ? 4 : 2;
     if (strip >= kStrips || chunk >= groups.per_tile * size) return;
-    const int group = stored(strip) * groups.per_strip + (groups.per_tile == 2 ? tile * 2 : tile >> groups.shift);
+    const int group =
+        stored(strip) * groups.per_strip + (groups.per_tile > 1 ? tile * groups.per_tile : tile >> groups.shift);
     cp_async(to + strip * kScaleBytes + chunk * kChunk, from + group * kStrip * size + chunk * kChunk);
   }
 
@@ -246,6 +259,23 @@ struct Tile {
     for (auto& one : inputs) set_zero(one);
   }
 
+  // One half of the tile's inputs, or those of one group of 16 there.
+  __device__ void multiply(const unsigned char* from, const uint32_t (&a)[kStripPair][2][4], int half, int group) {
+#pragma unroll
+    for (int i = 0; i < kOctets; ++i) {
+      if (octet(i) * kRowOctet >= rows) continue;
+      const int row = octet(i) * kRowOctet + lane() / 4, chunk = (half * 4 + lane() % 4) ^ row % 2 * 4;
+      const uint4 x = *reinterpret_cast<const uint4*>(from + row * kRowBytes + chunk * kChunk);
+      uint32_t b[2][2];
+      operands_of(kHasSixteens && group != kNoGroup ? only_group(x, group) : x, b);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        for (int s = 0; s < kStripPair; ++s) mma_bf16(sum[s][i], a[s][step], b[step]);
+        if constexpr (kBiases) mma_bf16(inputs[i], {kOnes, kOnes, kOnes, kOnes}, b[step]);
+      }
+    }
+  }
+
   __device__ void multiply(int tile, bool ends) {
     const unsigned char* from = stage(tile);
 #pragma unroll
@@ -258,19 +288,11 @@ struct Tile {
         unpack_half<kBits>(reinterpret_cast<const uint4*>(codes)[vector * kWarp + lane()], half, kBiases ? k128 : k136,
                            a[s]);
       }
-#pragma unroll
-      for (int i = 0; i < kOctets; ++i) {
-        if (octet(i) * kRowOctet >= rows) continue;
-        const int row = octet(i) * kRowOctet + lane() / 4, chunk = (half * 4 + lane() % 4) ^ row % 2 * 4;
-        uint32_t b[2][2];
-        operands_of(*reinterpret_cast<const uint4*>(from + row * kRowBytes + chunk * kChunk), b);
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          for (int s = 0; s < kStripPair; ++s) mma_bf16(sum[s][i], a[s][step], b[step]);
-          if constexpr (kBiases) mma_bf16(inputs[i], {kOnes, kOnes, kOnes, kOnes}, b[step]);
-        }
+      const int groups_of_half = kHasSixteens && groups.per_tile == 4 ? 2 : 1;
+      for (int group = 0; group < groups_of_half; ++group) {
+        multiply(from, a, half, groups_of_half == 2 ? group : kNoGroup);
+        if (groups.per_tile > 1) scale(from, half * groups_of_half + group);
       }
-      if (groups.per_tile == 2) scale(from, half);
     }
     if (groups.per_tile == 1 && ends) scale(from, 0);
   }
@@ -352,11 +374,11 @@ __global__ void __launch_bounds__(kChannelWarps * kRowWarps * kWarp, kRowWarps =
 // --- which
 // ------------------------------------------------------------------------------------------------------------
 
-template <int kBits, bool kHalves, bool kBiases>
+template <int kBits, int kPerTile, bool kBiases>
 cudaError_t launch_stream(const QuantizedLinearArgs& args, const Groups& groups, cudaStream_t stream) {
   const auto strips = static_cast<unsigned>((args.linear.outputs + kStrip - 1) / kStrip);
   const dim3 grid(strips, static_cast<unsigned>(args.linear.slices / kStreamWarps));
-  return launch(quantized_stream_kernel<kBits, kHalves, kBiases>, grid, kStreamWarps * kWarp, 0, stream, args, groups);
+  return launch(quantized_stream_kernel<kBits, kPerTile, kBiases>, grid, kStreamWarps * kWarp, 0, stream, args, groups);
 }
 
 template <int kBits, bool kBiases, int kOctets, int kRowWarps>
@@ -377,8 +399,10 @@ cudaError_t launch_bits(const QuantizedLinearArgs& args, cudaStream_t stream) {
   const Groups groups = groups_of(args.group, tiles, args.scale_type == Type::kF32);
   const int64_t strips = (args.linear.outputs + kStrip - 1) / kStrip;
   if (args.linear.rows <= kStreamRows && fits_workspace(args.linear, strips, args.linear.slices / kStreamWarps)) {
-    if (groups.per_tile == 2) return launch_stream<kBits, true, kBiases>(args, groups, stream);
-    if constexpr (kBits == 4 || !kBiases) return launch_stream<kBits, false, kBiases>(args, groups, stream);
+    if (groups.per_tile == 2) return launch_stream<kBits, 2, kBiases>(args, groups, stream);
+    if constexpr (kBits == 8 && !kBiases)
+      if (groups.per_tile == 4) return launch_stream<kBits, 4, kBiases>(args, groups, stream);
+    if constexpr (kBits == 4 || !kBiases) return launch_stream<kBits, 1, kBiases>(args, groups, stream);
   }
   // Four small blocks are resident on a multiprocessor; large ones share their tiles only where most would be idle.
   if (args.linear.rows <= 16) return launch_tiles<kBits, kBiases, 2, 1>(args, groups, 4 * kMultiprocessors, stream);
@@ -387,7 +411,9 @@ cudaError_t launch_bits(const QuantizedLinearArgs& args, cudaStream_t stream) {
 
 bool is_valid(const QuantizedLinearArgs& args) {
   const LinearArgs& linear = args.linear;
-  const bool is_group = args.group == 0 || args.group == 32 || args.group == 64 || args.group == 128;
+  const bool has_sixteens = args.bits == 8 && args.biases == nullptr;
+  const bool is_group = args.group == 0 || (args.group == 16 && has_sixteens) || args.group == 32 || args.group == 64 ||
+                        args.group == 128;
   return linear.rows > 0 && linear.outputs > 0 && linear.inputs > 0 && linear.inputs % 8 == 0 &&
          linear.x_stride % 8 == 0 && reinterpret_cast<uintptr_t>(linear.x) % kChunk == 0 && is_group &&
          (args.group == 0 || linear.inputs % args.group == 0) && linear.slices > 0 &&

@@ -11,7 +11,7 @@ struct QuantizedLinearArgs {
   const void* scales;  // [strips][groups][8][2]
   const void* biases;  // null, or like the scales
   int32_t bits;        // 4 or 8
-  int32_t group;       // inputs: 32, 64, 128, or 0 for all
+  int32_t group;       // inputs: 32, 64, 128, or 0 for all; 16 with 8 bits without biases
   Type scale_type;     // of scales and biases: kF16 or kF32
 };
 

@@ -18,7 +18,7 @@ from tests.cuda import linear_cases as cases  # noqa: E402
 if TYPE_CHECKING:
     from llmserve.ops.cuda.launchers import Launchers
 
-FORMS = ("q4_0", "q4_1", "q4_k", "i4_g64", "u4_g128", "q8_0", "q5_k", "iq4_xs", "i8")
+FORMS = ("q4_0", "q4_1", "q4_k", "i4_g64", "u4_g128", "q8_0", "q5_k", "q6_k", "iq4_xs", "i8")
 
 
 @pytest.mark.parametrize("form", FORMS)

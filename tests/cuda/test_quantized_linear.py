@@ -80,8 +80,8 @@ def run(launchers: Launchers, x: Tensor, weight: QuantizedWeight, num_bytes: int
     return out
 
 
-@pytest.mark.parametrize("form", ["q4_0", "u4_g128", "q5_1", "i8"])
-@pytest.mark.parametrize(("inputs", "sizes"), [(4096, (1, 2, 5)), (640, (1, 4, 5, 16, 17, 70))], ids=str)
+@pytest.mark.parametrize("form", ["q4_0", "u4_g128", "q5_1", "q6_k", "i8"])
+@pytest.mark.parametrize(("inputs", "sizes"), [(4096, (1, 2, 5)), (768, (1, 4, 5, 16, 17, 70))], ids=str)
 def test_a_row_has_the_same_bits_in_every_batch(
     launchers: Launchers, form: str, inputs: int, sizes: tuple[int, ...]
 ) -> None:
@@ -112,7 +112,7 @@ def test_inputs_that_do_not_fill_a_tile(launchers: Launchers, form: str, inputs:
     cases.agrees(out.cpu(), want, torch.maximum(magnitude, magnitude_of(tensor, x)), inputs, f"seed {seed}")
 
 
-@pytest.mark.parametrize("form", ["q4_k", "q5_0", "q5_k", "iq4_nl", "iq4_xs", "i4_g32", "u4_g32"])
+@pytest.mark.parametrize("form", ["q4_k", "q3_k", "q5_0", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "i4_g32", "u4_g32"])
 @pytest.mark.parametrize("rows", [1, 20])
 def test_every_other_form(launchers: Launchers, form: str, rows: int) -> None:
     seed = fresh_seed()

@@ -3,8 +3,8 @@
 Owns which quantizations have a packed form. A packed value is `scale * code`, or `scale * code + bias`; symmetric codes
 of 4 bits are stored plus 8. Invariants: packing is exact, so scales are float16 where the checkpoint's are, and float32
 where they are products (`d * s` of the K types) or float32 themselves: half the bytes of scales is a tenth of the
-weight at groups of 32. Types of 5 bits and code books are widened to int8, which holds them exactly. What has no exact
-form here (q2_k, q3_k, and q6_k, whose groups of 16 are smaller than the kernel's) is not packed.
+weight at groups of 32. Types of 3, 5 and 6 bits and code books are widened to int8, which holds them exactly. What has
+no exact form here (q2_k: groups of 16 with biases) is not packed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PackedWeight:
     bits: int
     """Of a code: 4 or 8."""
     group: int
-    """Inputs that share a scale: 32, 64, 128 or `WHOLE_ROW`."""
+    """Inputs that share a scale: 16 (with 8 bits, no biases), 32, 64, 128 or `WHOLE_ROW`."""
     outputs: int
     inputs: int
     codes: Bytes
@@ -199,6 +199,12 @@ def _blocks_of_8(dtype: str, blocks: Bytes) -> PlainCodes | None:
         case "q5_k":
             planes = np.concatenate([blocks[:, 16:48] >> bit & 1 for bit in range(8)], axis=1)
             return PlainCodes(8, _nibbles(blocks[:, 48:], 32) | planes << np.uint8(4), *_six_bits(blocks))
+        case "q3_k":
+            return _q3_k(blocks)
+        case "q6_k":
+            pairs = _pairs(blocks[:, 128:192]) << np.uint8(4)
+            scales = _half(blocks[:, 208:]).astype(np.float32) * blocks[:, 192:208].view(np.int8).astype(np.float32)
+            return PlainCodes(8, (_nibbles(blocks[:, :128], 64) | pairs) - np.uint8(32), scales, None)
         case "iq4_nl":
             return PlainCodes(8, _from_codebook(_nibbles(blocks[:, 2:], 16)), _half(blocks[:, :2]), None)
         case "iq4_xs":
@@ -208,6 +214,14 @@ def _blocks_of_8(dtype: str, blocks: Bytes) -> PlainCodes | None:
             scales = _half(blocks[:, :2]).astype(np.float32) * steps
             return PlainCodes(8, _from_codebook(_nibbles(blocks[:, 8:], 16)), scales, None)
     return None
+
+
+def _q3_k(blocks: Bytes) -> PlainCodes:
+    planes = np.concatenate([blocks[:, :32] >> bit & 1 for bit in range(8)], axis=1)
+    codes = (_pairs(blocks[:, 32:96]) | planes << np.uint8(2)) - np.uint8(4)
+    upper = np.concatenate([blocks[:, 104:108] >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
+    steps = (_nibbles(blocks[:, 96:104], 8) | upper << np.uint8(4)).astype(np.float32) - np.float32(32)
+    return PlainCodes(8, codes, _half(blocks[:, 108:]).astype(np.float32) * steps, None)
 
 
 def _six_bits(blocks: Bytes) -> tuple[Scales, Scales]:
@@ -222,6 +236,12 @@ def _nibbles(packed: Bytes, run: int) -> Bytes:
     """Of each `run` bytes the low nibbles, then the high ones."""
     runs = packed.reshape(len(packed), -1, 1, run)
     return np.concatenate([runs & 15, runs >> 4], axis=2).reshape(len(packed), -1)
+
+
+def _pairs(packed: Bytes) -> Bytes:
+    """Of each 32 bytes the lowest two bits, then the next, …"""
+    halves = packed.reshape(-1, 2, 1, 32)
+    return np.concatenate([halves >> shift & 3 for shift in (0, 2, 4, 6)], axis=2).reshape(-1, 256)
 
 
 def _fifth_bits(packed: Bytes) -> Bytes:

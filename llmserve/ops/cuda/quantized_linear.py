@@ -13,7 +13,7 @@ from llmserve.ops.cuda.library import TYPES, CudaLibrary, check_dense, check_dev
 from llmserve.ops.cuda.linear import LinearArgs, Workspace, check_linear, linear_args
 from llmserve.ops.cuda.packing import STRIP, STRIPS, TILE, PackedWeight
 
-GROUPS: Final = (0, 32, 64, 128)
+GROUPS: Final = (0, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,8 @@ def check_weight(weight: QuantizedWeight) -> None:
         raise ValueError(f"weight: codes of {weight.bits} bits")
     if weight.group not in GROUPS or (weight.group and weight.inputs % weight.group != 0) or weight.inputs % 8 != 0:
         raise ValueError(f"weight: groups of {weight.group} in {weight.inputs} inputs")
+    if weight.group == 16 and (weight.bits, weight.biases) != (8, None):
+        raise ValueError("weight: groups of 16 have codes of 8 bits and no biases")
     strips, tiles = -(-weight.outputs // (STRIP * STRIPS)) * STRIPS, -(-weight.inputs // TILE)
     groups = tiles * TILE // weight.group if weight.group else 1
     check_dense("weight", weight.codes, dtypes=(torch.uint8,), shape=(strips, tiles, weight.bits // 4, 32, 16))
