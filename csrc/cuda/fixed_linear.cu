@@ -48,19 +48,19 @@ struct Tile {
   __device__ uint4* stage(int tile) const { return stages + tile % kStages * kStageChunks; }
 
   // Rows past `existing` and inputs past the last are zero.
-  __device__ void copy_rows(uint4* to, const __nv_bfloat16* from, int64_t stride, int count, int existing,
-                            int tile) const {
-    for (int i = thread(); i < count * kLine; i += kThreads) {
+  template <int kCount>
+  __device__ void copy_rows(uint4* to, const __nv_bfloat16* from, int64_t stride, int existing, int tile) const {
+    deal<kCount * kLine, kThreads>([&](int i) {
       const int row = i / kLine, chunk = i % kLine, k = tile * kTileK + chunk * 8;
       const bool exists = row < existing && k < args.inputs;
       cp_async(to + place(row, chunk), exists ? from + row * stride + k : from, exists);
-    }
+    });
   }
 
   __device__ void copy(int tile) const {
     uint4* to = stage(tile);
-    copy_rows(to, weight, weight_stride, kChannels, channels, tile);
-    copy_rows(to + kChannels * kLine, x, args.x_stride, kRows, rows, tile);
+    copy_rows<kChannels>(to, weight, weight_stride, channels, tile);
+    copy_rows<kRows>(to + kChannels * kLine, x, args.x_stride, rows, tile);
   }
 
   __device__ void multiply(int tile) {
@@ -175,7 +175,9 @@ LLMSERVE_CUDA_API int32_t llmserve_cuda_fixed_linear(const llmserve::cuda::Fixed
                         (linear.out_type == Type::kBF16 || linear.out_type == Type::kF32);
   if (!is_valid) return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
-  if (linear.rows <= 16) return launch_tiles<1, 1>(*args, 2 * kMultiprocessors, on);
-  if (linear.rows <= 64) return launch_tiles<2, 2>(*args, kMultiprocessors, on);
+  if (linear.rows <= 16 || !fits_shared(Tile<2, 2>::kSharedBytes))
+    return launch_tiles<1, 1>(*args, 2 * kMultiprocessors, on);
+  if (linear.rows <= 64 || !fits_shared(Tile<4, 2>::kSharedBytes))
+    return launch_tiles<2, 2>(*args, kMultiprocessors, on);
   return launch_tiles<4, 2>(*args, kMultiprocessors, on);
 }

@@ -42,15 +42,16 @@ struct Tile {
 
   __device__ void copy(int tile) const {
     unsigned char* to = stage(tile);
-    for (int i = thread(); i < kRows * kTileK / kChunk; i += kThreads) {
+    deal<kRows * kTileK / kChunk, kThreads>([&](int i) {
       const int row = i / 4, chunk = i % 4, k = tile * kTileK + chunk * kChunk;
       const bool exists = row < rows && k < args.inputs;
       cp_async(to + row * kTileK + (chunk ^ (row & 2)) * kChunk, exists ? x + row * args.x_stride + k : x, exists);
-    }
+    });
     constexpr int kChunks = kTileBytes<8> / kChunk;
-    for (int i = thread(); i < kStrips * kChunks; i += kThreads)
+    deal<kStrips * kChunks, kThreads>([&](int i) {
       cp_async(to + kCodes + i * kChunk,
                codes + (min(i / kChunks, strips - 1) * tiles + tile) * kTileBytes<8> + i % kChunks * kChunk);
+    });
   }
 
   __device__ void multiply(int tile) {
@@ -173,7 +174,9 @@ LLMSERVE_CUDA_API int32_t llmserve_cuda_int8_linear(const llmserve::cuda::Int8Li
                         (linear.out_type == Type::kBF16 || linear.out_type == Type::kF32);
   if (!is_valid) return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
-  if (linear.rows <= 16) return launch_tiles<2, 1>(*args, 4 * kMultiprocessors, on);
-  if (linear.rows <= 64) return launch_tiles<4, 2>(*args, kMultiprocessors, on);
+  if (linear.rows <= 16 || !fits_shared(Tile<4, 2>::kSharedBytes))
+    return launch_tiles<2, 1>(*args, 4 * kMultiprocessors, on);
+  if (linear.rows <= 64 || !fits_shared(Tile<8, 2>::kSharedBytes))
+    return launch_tiles<4, 2>(*args, kMultiprocessors, on);
   return launch_tiles<8, 2>(*args, kMultiprocessors, on);
 }

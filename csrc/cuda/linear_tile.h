@@ -27,6 +27,30 @@ inline bool fits_workspace(const LinearArgs& args, int64_t tiles, int blocks) {
                          args.workspace_bytes >= args.slices * args.rows * args.outputs * int64_t{4});
 }
 
+// Whether a block on the current device may have so much shared memory: some GPUs newer than sm_80 have less, and take
+// smaller tiles, whose results are the same.
+inline bool fits_shared(size_t bytes) {
+#ifdef LLMSERVE_CUDA_EMULATOR
+  return bytes > 0;
+#else
+  int device = 0, most = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+         bytes <= static_cast<size_t>(most);
+#endif
+}
+
+// `each(i)` of kCount things, dealt to the kThreads threads of the block in turn: as many rounds as the compiler can
+// count.
+template <int kCount, int kThreads, typename Each>
+__device__ inline void deal(const Each& each) {
+#pragma unroll
+  for (int round = 0; round < (kCount + kThreads - 1) / kThreads; ++round) {
+    const int i = round * kThreads + static_cast<int>(threadIdx.x);
+    if (kCount % kThreads == 0 || i < kCount) each(i);
+  }
+}
+
 // One finished sum: bias and residual are added in float32, and it is rounded once.
 __device__ inline void write_output(const LinearArgs& args, int64_t row, int64_t channel, float sum) {
   if (args.bias != nullptr) sum += args.bias[channel];

@@ -49,10 +49,10 @@ __device__ uint4 only_group(const uint4& x, int group) {
 // --- few rows --------------------------------------------------------------------------------------------------------
 
 // One slice of a strip, by one warp: codes and scales are loaded kDepth tiles ahead, the rows, which lie in a cache,
-// two.
-template <int kBits, int kPerTile, bool kBiases>
+// one or two. Lanes without a row read the first: what they multiply is not written.
+template <int kBits, int kPerTile, bool kBiases, bool kIsFloat32>
 struct Stream {
-  static constexpr int kAheadOfX = 2;
+  static constexpr int kAheadOfX = kBits == 4 && kPerTile > 1 && kBiases ? 1 : 2;  // what registers allow
   static constexpr int kDepth = kBits == 4 ? (kPerTile > 1 ? 4 : kBiases ? 6 : 8) : (kPerTile == 4 || kBiases ? 2 : 4);
   static constexpr int kVectors = kBits / 4, kGroupsOfHalf = kPerTile == 4 ? 2 : 1;
 
@@ -64,34 +64,38 @@ struct Stream {
     uint4 halves[2];
   };
 
-  const QuantizedLinearArgs& args;
   const Groups& groups;
-  int64_t strip;
-  int lane, tiles;
-  const __nv_bfloat16* row;  // null past the batch
+  const unsigned char* codes;   // of this lane, in the strip's first tile
+  const void *scales, *biases;  // of this lane, in the strip's first group
+  const __nv_bfloat16* x;       // of this lane, in the first tile
+  int tiles, in_last;           // inputs from this lane's first on in the last tile
   float sum[4] = {}, inputs[4] = {}, total[4] = {};
 
   __device__ void load(int tile, Weights& out) const {
-    const auto* codes = static_cast<const unsigned char*>(args.codes) + (strip * tiles + tile) * kTileBytes<kBits>;
-    for (int i = 0; i < kVectors; ++i) out.codes[i] = load_streaming(codes + (i * kWarp + lane) * kChunk);
+    for (int i = 0; i < kVectors; ++i)
+      out.codes[i] = load_streaming(codes + int64_t{tile} * kTileBytes<kBits> + i * kWarp * kChunk);
     for (int i = 0; i < kPerTile; ++i) {
-      const int64_t at = strip * groups.per_strip + (kPerTile > 1 ? tile * kPerTile + i : tile >> groups.shift);
-      out.scales[i] = load_pair(args.scales, at, lane / 4, groups.is_float32);
-      if constexpr (kBiases) out.biases[i] = load_pair(args.biases, at, lane / 4, groups.is_float32);
+      const int group = kPerTile > 1 ? tile * kPerTile + i : tile >> groups.shift;
+      out.scales[i] = load_pair(scales, group, 0, kIsFloat32);
+      if constexpr (kBiases) out.biases[i] = load_pair(biases, group, 0, kIsFloat32);
     }
   }
 
+  // kMayBeLast: inputs past the last are zero.
+  template <bool kMayBeLast>
   __device__ void load(int tile, Rows& out) const {
     for (int half = 0; half < 2; ++half) {
-      const int64_t k = int64_t{tile} * kTileK + half * kHalfK + lane % 4 * 8;
-      const bool exists = row != nullptr && k < args.linear.inputs;
-      out.halves[half] = exists ? *reinterpret_cast<const uint4*>(row + k) : uint4{0, 0, 0, 0};
+      const uint4* from = reinterpret_cast<const uint4*>(x + int64_t{tile} * kTileK + half * kHalfK);
+      if (kMayBeLast && tile + 1 == tiles)
+        out.halves[half] = half * kHalfK < in_last ? *from : uint4{0, 0, 0, 0};
+      else
+        out.halves[half] = *from;
     }
   }
 
   __device__ void scale(const Weights& weights, int i) {
-    const float2 bias = kBiases ? pair_of(weights.biases[kBiases ? i : 0], groups.is_float32) : float2{0, 0};
-    scale_group<kBiases>(pair_of(weights.scales[i], groups.is_float32), bias, sum, inputs, total);
+    const float2 bias = kBiases ? pair_of(weights.biases[kBiases ? i : 0], kIsFloat32) : float2{0, 0};
+    scale_group<kBiases>(pair_of(weights.scales[i], kIsFloat32), bias, sum, inputs, total);
     set_zero(sum);
     set_zero(inputs);
   }
@@ -112,6 +116,19 @@ struct Stream {
     if (kPerTile == 1 && ends) scale(weights, 0);
   }
 
+  // kDepth tiles from `first` on. kIsInside: so many are left that nothing need be asked.
+  template <bool kIsInside>
+  __device__ void run_depth(int first, int end, Weights (&weights)[kDepth], Rows (&rows)[kAheadOfX]) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      const int tile = first + i;
+      if (!kIsInside && tile >= end) break;
+      multiply(weights[i], rows[i % kAheadOfX], groups.ends(tile, end));
+      if (kIsInside || tile + kDepth < end) load(tile + kDepth, weights[i]);
+      if (kIsInside || tile + kAheadOfX < end) load<!kIsInside>(tile + kAheadOfX, rows[i % kAheadOfX]);
+    }
+  }
+
   __device__ void run(int begin, int end) {
     Weights weights[kDepth];
     Rows rows[kAheadOfX];
@@ -120,17 +137,12 @@ struct Stream {
       if (begin + i < end) load(begin + i, weights[i]);
 #pragma unroll
     for (int i = 0; i < kAheadOfX; ++i)
-      if (begin + i < end) load(begin + i, rows[i]);
-    for (int first = begin; first < end; first += kDepth) {
-#pragma unroll
-      for (int i = 0; i < kDepth; ++i) {
-        const int tile = first + i;
-        if (tile >= end) break;
-        multiply(weights[i], rows[i % kAheadOfX], groups.ends(tile, end));
-        if (tile + kDepth < end) load(tile + kDepth, weights[i]);
-        if (tile + kAheadOfX < end) load(tile + kAheadOfX, rows[i % kAheadOfX]);
-      }
-    }
+      if (begin + i < end) load<true>(begin + i, rows[i]);
+    int first = begin;
+#pragma unroll 1
+    for (; first + 2 * kDepth < end; first += kDepth) run_depth<true>(first, end, weights, rows);
+#pragma unroll 1
+    for (; first < end; first += kDepth) run_depth<false>(first, end, weights, rows);
   }
 };
 
@@ -155,17 +167,23 @@ __device__ void finish_strip(const LinearArgs& args, const float (&sums)[kStream
   if (exists && is_first) write_output(args, row, first_channel + channel, sum);
 }
 
-template <int kBits, int kPerTile, bool kBiases>
+template <int kBits, int kPerTile, bool kBiases, bool kIsFloat32>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 2)
     quantized_stream_kernel(QuantizedLinearArgs args, Groups groups) {
   __shared__ float sums[kStreamWarps][kRowOctet][kStrip];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int tiles = static_cast<int>((args.linear.inputs + kTileK - 1) / kTileK);
+  const int tiles = static_cast<int>((args.linear.inputs + kTileK - 1) / kTileK), row = lane / 4, input = lane % 4 * 8;
   const int slice = static_cast<int>(blockIdx.y) * kStreamWarps + warp;
+  const int64_t strip = blockIdx.x, scales = (strip * groups.per_strip * kRowOctet + row) * (kIsFloat32 ? 8 : 4);
   const auto* x = static_cast<const __nv_bfloat16*>(args.linear.x);
-  const int row = lane / 4;
-  Stream<kBits, kPerTile, kBiases> stream{
-      args, groups, blockIdx.x, lane, tiles, row < args.linear.rows ? x + row * args.linear.x_stride : nullptr};
+  Stream<kBits, kPerTile, kBiases, kIsFloat32> stream{
+      groups,
+      static_cast<const unsigned char*>(args.codes) + strip * tiles * kTileBytes<kBits> + lane * kChunk,
+      static_cast<const unsigned char*>(args.scales) + scales,
+      static_cast<const unsigned char*>(args.biases) + scales,
+      x + (row < args.linear.rows ? row * args.linear.x_stride : 0) + input,
+      tiles,
+      static_cast<int>(args.linear.inputs - int64_t{tiles - 1} * kTileK) - input};
   const int64_t units = tiles / groups.unit;
   stream.run(static_cast<int>(slice_begin(units, args.linear.slices, slice)) * groups.unit,
              static_cast<int>(slice_begin(units, args.linear.slices, slice + 1)) * groups.unit);
@@ -214,12 +232,12 @@ struct Tile {
   __device__ int stored(int strip) const { return min(strip, strips - 1); }
 
   __device__ void copy_rows(int tile, unsigned char* to) const {
-    for (int i = thread(); i < kRows * kRowBytes / kChunk; i += kThreads) {
+    deal<kRows * kRowBytes / kChunk, kThreads>([&](int i) {
       const int row = i / 8, chunk = i % 8, k = tile * kTileK + chunk * 8;
       const bool exists = row < rows && k < args.linear.inputs;
       cp_async(to + row * kRowBytes + (chunk ^ row % 2 * 4) * kChunk, exists ? x + row * args.linear.x_stride + k : x,
                exists);
-    }
+    });
   }
 
   __device__ void copy_scales(int tile, const unsigned char* from, unsigned char* to) const {
@@ -235,9 +253,10 @@ struct Tile {
     unsigned char* to = stage(tile);
     copy_rows(tile, to);
     constexpr int kChunks = kTileBytes<kBits> / kChunk;
-    for (int i = thread(); i < kStrips * kChunks; i += kThreads)
+    deal<kStrips * kChunks, kThreads>([&](int i) {
       cp_async(to + kCodes + i * kChunk,
                codes + (stored(i / kChunks) * tiles + tile) * kTileBytes<kBits> + i % kChunks * kChunk);
+    });
     copy_scales(tile, scales, to + kScales);
     if constexpr (kBiases) copy_scales(tile, biases, to + kBiasesAt);
   }
@@ -378,7 +397,9 @@ template <int kBits, int kPerTile, bool kBiases>
 cudaError_t launch_stream(const QuantizedLinearArgs& args, const Groups& groups, cudaStream_t stream) {
   const auto strips = static_cast<unsigned>((args.linear.outputs + kStrip - 1) / kStrip);
   const dim3 grid(strips, static_cast<unsigned>(args.linear.slices / kStreamWarps));
-  return launch(quantized_stream_kernel<kBits, kPerTile, kBiases>, grid, kStreamWarps * kWarp, 0, stream, args, groups);
+  const auto kernel = groups.is_float32 ? quantized_stream_kernel<kBits, kPerTile, kBiases, true>
+                                        : quantized_stream_kernel<kBits, kPerTile, kBiases, false>;
+  return launch(kernel, grid, kStreamWarps * kWarp, 0, stream, args, groups);
 }
 
 template <int kBits, bool kBiases, int kOctets, int kRowWarps>
@@ -405,7 +426,8 @@ cudaError_t launch_bits(const QuantizedLinearArgs& args, cudaStream_t stream) {
     if constexpr (kBits == 4 || !kBiases) return launch_stream<kBits, 1, kBiases>(args, groups, stream);
   }
   // Four small blocks are resident on a multiprocessor; large ones share their tiles only where most would be idle.
-  if (args.linear.rows <= 16) return launch_tiles<kBits, kBiases, 2, 1>(args, groups, 4 * kMultiprocessors, stream);
+  if (args.linear.rows <= 16 || !fits_shared(Tile<kBits, kBiases, 4, 2>::kSharedBytes))
+    return launch_tiles<kBits, kBiases, 2, 1>(args, groups, 4 * kMultiprocessors, stream);
   return launch_tiles<kBits, kBiases, 4, 2>(args, groups, kMultiprocessors, stream);
 }
 
