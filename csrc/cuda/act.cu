@@ -1,5 +1,8 @@
 // To bfloat16 every thread has eight values of its own and nothing is shared. To int8 a group of threads has a row, as
 // in the norms: the values wait in registers until the largest is known, so that the input is read once.
+//
+// To bfloat16: 32 registers, 8 blocks of 256 a multiprocessor. To int8: up to 64 registers, 4 blocks of 256; rows above
+// 8,192 values have 512 threads of about 100 registers each, one block.
 #include "cuda/act.h"
 
 #include "cuda/rows.h"

@@ -1,5 +1,6 @@
 // Each row is read once into registers, eight values of a thread at a time, summed in float32 and written scaled. A
 // group of threads has a row: as many as its vectors, so that heads of 64 values do not occupy whole blocks.
+// 64 registers at most: a multiprocessor has 1,024 threads.
 #include "cuda/rms_norm.h"
 
 #include "cuda/rows.h"

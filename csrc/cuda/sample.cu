@@ -6,7 +6,7 @@
 //            how many tokens and how much weight in each of 2,048 bins                       → sums, bins
 //   choose:  a block per row finds the bin in which a filter ends, gathers the tokens up to there into shared memory
 //            (only from segments of 256 logits whose largest is in them) and selects among them: top-k, typical_p,
-//            top-p, then the draw in ascending id
+//            top-p, then the draw in ascending id. Among 512 or fewer each thread adds up what is before its token
 //
 // Rows that are scored, greedy or void leave weigh at once and choose after a few reads. A row without filters gathers
 // nothing: the chunk's sums say in which chunk the draw falls. Where more tokens pass than shared memory takes, only
@@ -15,8 +15,10 @@
 //
 // Weights are whole numbers (sampling.h), 2^(62 - bits of an id) for the largest: with a vocabulary of 2^17 an error of
 // 2^-46 of the largest weight each, so a token differs from the definition's only where a draw or a threshold lies
-// within about 2^-46 * sqrt(vocabulary), 2e-11, of a boundary (2^-29 if all errors had one sign). The result depends on
+// within about 2^-46 * sqrt(vocabulary), 5e-12, of a boundary (2^-29 if all errors had one sign). The result depends on
 // nothing else in the batch.
+//
+// choose takes some 120 registers and 100 KB of shared memory: one block a multiprocessor, 132 rows at once on an H100.
 #include "cuda/sample.h"
 
 #include "cuda/sampling.h"
@@ -29,8 +31,8 @@ constexpr int kChunk = 4096;  // logits of a block of the first two kernels
 constexpr int kMostChunks = static_cast<int>(kMostVocab / kChunk);
 constexpr int kOfThread = kChunk / kSelectThreads;
 constexpr int kWarps = kSelectThreads / kWarp;
+constexpr int kFew = kSelectThreads;       // tokens that are filtered without selection
 constexpr int kSegment = kChunk / kWarps;  // logits of a warp of inspect
-constexpr int kGathered = 8192;            // tokens that shared memory takes
 
 struct Facts {
   uint64_t best;         // rank key of the largest logit
@@ -246,6 +248,7 @@ struct Chooser {
   Tokens tokens;  // to select among
   bool has_all;   // of the tokens that can survive
   Kept kept;
+  uint64_t sum = 0;  // of the weights of what the filters before top_p or typical_p leave
 
   // The histogram of weigh.
   __device__ void load_bins(const Workspace& workspace, int64_t index) {
@@ -288,13 +291,13 @@ struct Chooser {
   __device__ void take_segments(int one, int other, int first, int last) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     float batch[2 * kOfThread];
-    const auto id_of = [&](int i) { return (i < kOfThread ? one : other) + i % kOfThread * kWarp + lane; };
-    for (int i = 0; i < 2 * kOfThread; ++i) batch[i] = id_of(i) < row.vocab ? row.logits[id_of(i)] : -INFINITY;
+    const auto id_at = [&](int i) { return (i < kOfThread ? one : other) + i % kOfThread * kWarp + lane; };
+    for (int i = 0; i < 2 * kOfThread; ++i) batch[i] = id_at(i) < row.vocab ? row.logits[id_at(i)] : -INFINITY;
     for (int i = 0; i < 2 * kOfThread; ++i) {
       const int own = bin(batch[i]);
-      if (id_of(i) >= row.vocab || own < first || own > last) continue;
+      if (id_at(i) >= row.vocab || own < first || own > last) continue;
       const int at = atomicAdd(&s.num_gathered, 1);
-      ids[at] = static_cast<uint32_t>(id_of(i));
+      ids[at] = static_cast<uint32_t>(id_at(i));
       values[at] = batch[i];
     }
   }
@@ -323,8 +326,8 @@ struct Chooser {
     return selected.before + selected.own;
   }
 
-  // typical_p, and top_p among what it leaves. `sum` is that of the tokens kept so far.
-  __device__ void apply_typical(uint64_t sum) {
+  // typical_p, and top_p among what it leaves.
+  __device__ void apply_typical() {
     if (!has_all) {
       has_all = row.vocab <= kGathered;
       if (has_all)
@@ -397,27 +400,34 @@ struct Chooser {
     return min(kBins - 1, bin_of_distance(static_cast<float>(distance * 1.00001), scale) + 1);
   }
 
-  // Every filter, in order.
-  __device__ void filter(const Workspace& workspace, int64_t index) {
+  // Every filter, in order. True when few tokens can survive: they are gathered, and not filtered yet.
+  __device__ bool filter(const Workspace& workspace, int64_t index) {
     load_bins(workspace, index);
-    uint64_t sum = 0;
+    uint64_t own = 0;
     for (int i = static_cast<int>(threadIdx.x); i < workspace.chunks; i += kSelectThreads)
-      sum += workspace.sums[index * workspace.chunks + i];
-    sum = total(s, sum);
+      own += workspace.sums[index * workspace.chunks + i];
+    sum = total(s, own);
     const bool is_typical = row.typical_p < 1.0;
     const bool cuts = row.top_k > 0 || (row.top_p < 1.0 && !is_typical);
     const Target first = row.top_k > 0 ? Target{static_cast<double>(row.top_k), true, false}
                                        : Target{row.top_p * static_cast<double>(sum), false, false};
-    Found end{kBins, {0, 0}, {0, 0}};
+    Found end{kBins - 1, {0, 0}, {0, 0}};
     if (cuts) end = find(s, first, Sum{0, 0});
-    const int last = last_bin_of_min_p();
+    // Before min_p at most one filter that cuts keeps all that min_p may keep, if it ends behind it.
     const bool is_one = !is_typical && (row.top_k == 0 || row.top_p >= 1.0);
-    if (is_one && last < end.bin) {  // the one before min_p keeps all that min_p may keep
-      gather_up_to(last);
+    const int last = is_one ? min(end.bin, last_bin_of_min_p()) : end.bin;
+    const uint64_t count = count_up_to(last);
+    if (!is_typical && count <= kFew) {
+      gather_bins(0, last);
+      return true;
+    }
+    if (is_one && (last < end.bin || !cuts)) {
+      has_all = count <= kGathered;
+      if (has_all) gather_bins(0, last);
     } else {
       if (cuts) sum = cut(end, first).weight;
       if (is_typical) {
-        apply_typical(sum);
+        apply_typical();
       } else if (row.top_k > 0 && row.top_p < 1.0) {
         load_bins(workspace, index);
         const Target target{row.top_p * static_cast<double>(sum), false, false};
@@ -425,15 +435,50 @@ struct Chooser {
       }
     }
     apply_min_p();
+    return false;
   }
 
-  // All tokens of the first bins, if they fit.
-  __device__ void gather_up_to(int last) {
+  __device__ uint64_t count_up_to(int last) {
     uint64_t count = 0;
     for (int i = static_cast<int>(threadIdx.x); i <= last; i += kSelectThreads) count += s.counts[i];
-    has_all = total(s, count) <= kGathered;
-    if (has_all) gather_bins(0, last);
+    return total(s, count);
   }
+
+  // Filters and draws among few tokens, one a thread: each adds up those before it.
+  __device__ int draw_among_few(double uniform, uint64_t* keys, uint64_t* weights) {
+    const auto thread = static_cast<int>(threadIdx.x);
+    const bool exists = thread < tokens.count;
+    const uint32_t id = exists ? tokens.ids[thread] : 0;
+    const float logit = exists ? tokens.values[thread] : -INFINITY;
+    const uint64_t key = rank_key(logit, id, row.bits), weight = exists ? kept.whole_weight(logit) : 0;
+    keys[thread] = key;
+    weights[thread] = weight;
+    __syncthreads();
+    int rank = 0;
+    uint64_t before = 0;
+    for (int i = 0; i < tokens.count; ++i) {
+      if (keys[i] >= key) continue;
+      ++rank;
+      before += weights[i];
+    }
+    bool survives = exists && (row.top_k == 0 || rank < row.top_k);
+    if (row.top_k > 0) sum = total(s, survives ? weight : 0);
+    if (row.top_p < 1.0)
+      survives = survives && (rank == 0 || static_cast<double>(before) < row.top_p * static_cast<double>(sum));
+    survives = survives && kept.weight(logit) >= row.min_p;
+    __syncthreads();  // whoever still reads
+    weights[thread] = survives ? weight : 0;
+    if (thread == 0) s.first = row.vocab;
+    const double target = uniform * static_cast<double>(total(s, weights[thread]));
+    uint64_t running = 0;
+    for (int i = 0; i < tokens.count; ++i)
+      if (id_of(keys[i]) <= static_cast<int>(id)) running += weights[i];
+    if (survives && static_cast<double>(running) > target) atomicMin(&s.first, static_cast<int>(id));
+    __syncthreads();
+    return s.first < row.vocab ? s.first : id_of(facts.best);
+  }
+
+  __device__ int id_of(uint64_t key) const { return static_cast<int>(key & ((uint64_t{1} << row.bits) - 1)); }
 
   // The sum of weights of what is kept in each chunk of the row, a warp for a chunk.
   __device__ void sum_chunks(int chunks) {
@@ -472,7 +517,7 @@ struct Chooser {
       break;
     }
     __syncthreads();
-    return s.first < row.vocab ? s.first : static_cast<int>(facts.best & ((uint64_t{1} << row.bits) - 1));
+    return s.first < row.vocab ? s.first : id_of(facts.best);
   }
 
   // The draw over tokens in shared memory: a selection by id.
@@ -497,6 +542,7 @@ struct ChooseShared {
   uint32_t ids[kGathered];
   float values[kGathered];
   uint64_t sums[kMostChunks];
+  uint64_t few_keys[kFew], few_weights[kFew];
 };
 
 __global__ void __launch_bounds__(kSelectThreads) choose_kernel(SampleArgs args) {
@@ -533,15 +579,19 @@ __global__ void __launch_bounds__(kSelectThreads) choose_kernel(SampleArgs args)
                     kept};
     const double uniform =
         philox_uniform(static_cast<uint64_t>(args.seed[index]), static_cast<uint64_t>(args.sample_position[index]));
-    if (row.is_filtered()) {
-      chooser.filter(workspace, index);
-      if (!chooser.has_all) chooser.sum_chunks(workspace.chunks);
-    } else {
+    if (!row.is_filtered()) {
       for (int i = static_cast<int>(threadIdx.x); i < workspace.chunks; i += kSelectThreads)
         shared.sums[i] = workspace.sums[index * workspace.chunks + i];
       __syncthreads();
+      token = chooser.draw_in_row(uniform, workspace.chunks);
+    } else if (chooser.filter(workspace, index)) {
+      token = chooser.draw_among_few(uniform, shared.few_keys, shared.few_weights);
+    } else if (chooser.has_all) {
+      token = chooser.draw_gathered(uniform);
+    } else {
+      chooser.sum_chunks(workspace.chunks);
+      token = chooser.draw_in_row(uniform, workspace.chunks);
     }
-    token = chooser.has_all ? chooser.draw_gathered(uniform) : chooser.draw_in_row(uniform, workspace.chunks);
   }
   if (threadIdx.x == 0) args.token_ids[index] = token;
 }

@@ -54,7 +54,7 @@ class Sample(Protocol):
         `edited[edited_rows[r]]` (float32 [E, vocab], int32 [R]) where that index is not -1, as `EditLogits` writes it;
         whether it is void is seen in the raw logits too. The workspace is uint8, `workspace_bytes` long.
 
-        A token differs from the reference's only where the draw or a threshold lies within about 2e-11 of a boundary
+        A token differs from the reference's only where the draw or a threshold lies within about 1e-11 of a boundary
         between tokens, relative to the sum of weights; it depends on nothing else in the batch.
         """
 
