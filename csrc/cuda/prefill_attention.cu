@@ -5,8 +5,8 @@
 //         token 0,    token 0,        token 0,        token 1,
 //         head 0      head 1          last head       head 0
 //
-// An item is a tile of such rows and a key-value head. Each of the four warps of a block has kBands bands of 16 rows
-// and goes with them over all tiles of 64 keys; two bands read each key from shared memory once. Copies are one tile
+// An item is a tile of such rows and a key-value head. Each warp of a block has one or two bands of 16 rows and goes
+// with them over all tiles of 64 keys; two bands read each key from shared memory once. Copies are one tile
 // ahead. One-byte tiles are made 16-bit ones by the whole block, in the order of values that decode has (see
 // attention_tile.h), so that every warp does not do it anew.
 //
@@ -20,24 +20,27 @@ namespace llmserve::cuda {
 
 namespace {
 
-constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kStages = 2;
 
-// Bands of 16 rows of a warp: what the registers hold.
-template <int kDim>
-constexpr int kBands = kDim <= 128 ? 2 : 1;
-
-template <int kDim>
-constexpr int kRows = kWarps * kBands<kDim> * kRowTile;
+// Bands of 16 rows of a warp, and warps: together 128 rows, or 64 where outputs of 256 columns take half the registers.
+// One-byte types need more registers beside those, so that they have twice the warps.
+template <typename C, int kDim>
+constexpr int kBands = kHasScales<C> || kDim > 128 ? 1 : 2;
+template <typename C, int kDim>
+constexpr int kWarps = kHasScales<C> && kDim <= 128 ? 8 : 4;
+template <typename C, int kDim>
+constexpr int kThreads = kWarps<C, kDim> * kWarp;
+template <typename C, int kDim>
+constexpr int kRows = kWarps<C, kDim> * kBands<C, kDim> * kRowTile;
 
 // Places in shared memory.
 template <typename C, int kDim>
 struct Places {
   static constexpr int kConverted = kStages * Stage<C, kDim>::kBytes;  // keys and values of one-byte types, 16 bits
   static constexpr int kQueries = kConverted + (kHasScales<C> ? 2 * Tile<Operand<C>, kDim>::kBytes : 0);
-  static constexpr int kFolded = kQueries + kRows<kDim> * kDim * 2;
-  static constexpr int kFoldedStates = kFolded + kRows<kDim> * kDim * 4;
-  static constexpr int kEnd = kFoldedStates + kBands<kDim> * 4 * kThreads * 4;
+  static constexpr int kFolded = kQueries + kRows<C, kDim> * kDim * 2;
+  static constexpr int kFoldedStates = kFolded + kRows<C, kDim> * kDim * 4;
+  static constexpr int kEnd = kFoldedStates + kBands<C, kDim> * 4 * kThreads<C, kDim> * 4;
 };
 
 // What a block is at: an item, and the tile of keys of it.
@@ -57,17 +60,17 @@ __device__ Span span_of(const PrefillAttentionArgs& args, int position, int seq_
 }
 
 // Goes to the item cursor.item, or the next of this block that has rows. False behind the last.
-template <int kDim>
+template <typename C, int kDim>
 __device__ bool enter(const PrefillAttentionArgs& args, int num_items, int group, Cursor& cursor) {
   const int kv_heads = static_cast<int>(args.cache.kv_heads);
   for (; cursor.item < num_items; cursor.item += static_cast<int>(gridDim.x)) {
     const int2 work = reinterpret_cast<const int2*>(args.work)[cursor.item / kv_heads];
-    cursor.sequence = work.x, cursor.kv_head = cursor.item % kv_heads, cursor.first_row = work.y * kRows<kDim>;
+    cursor.sequence = work.x, cursor.kv_head = cursor.item % kv_heads, cursor.first_row = work.y * kRows<C, kDim>;
     cursor.first_query = args.query_start[work.x];
     cursor.num_queries = args.query_start[work.x + 1] - cursor.first_query;
     cursor.seq_len = args.seq_lens[work.x];
     const int before = cursor.seq_len - cursor.num_queries, low = cursor.first_row / group;
-    const int high = min((cursor.first_row + kRows<kDim> - 1) / group, cursor.num_queries - 1);
+    const int high = min((cursor.first_row + kRows<C, kDim> - 1) / group, cursor.num_queries - 1);
     if (low > high) continue;
     cursor.first = span_of(args, before + low, cursor.seq_len).first;
     cursor.end = span_of(args, before + high, cursor.seq_len).end;
@@ -79,9 +82,9 @@ __device__ bool enter(const PrefillAttentionArgs& args, int num_items, int group
 }
 
 // What a lane has of an item: two rows of each band.
-template <int kDim>
+template <typename C, int kDim>
 struct Rows {
-  static constexpr int kCount = kBands<kDim>, kUnits = kDim / 16;
+  static constexpr int kCount = kBands<C, kDim>, kUnits = kDim / 16;
   float output[kCount][kUnits][2][4];
   float sums[kCount][4];  // of probabilities: [0] of the low row, [2] of the high one
   float maximum[kCount][2];
@@ -94,10 +97,10 @@ __device__ inline int row_of(int band, int half, int bands) {
   return (warp * bands + band) * kRowTile + lane / 4 + 8 * half;
 }
 
-template <int kDim>
-__device__ void clear(Rows<kDim>& rows) {
+template <typename C, int kDim>
+__device__ void clear(Rows<C, kDim>& rows) {
 #pragma unroll
-  for (int b = 0; b < Rows<kDim>::kCount; ++b) {
+  for (int b = 0; b < Rows<C, kDim>::kCount; ++b) {
     for (auto& unit : rows.output[b])
       for (auto& tile : unit)
         for (float& x : tile) x = 0.0f;
@@ -109,14 +112,14 @@ __device__ void clear(Rows<kDim>& rows) {
 // The left operands of all steps go to shared memory, where each lane reads its own again: registers are for outputs.
 template <typename C, int kDim>
 __device__ void start_item(const PrefillAttentionArgs& args, const Cursor& cursor, int group, unsigned char* shared,
-                           Rows<kDim>& rows) {
+                           Rows<C, kDim>& rows) {
   const int head_dim = static_cast<int>(args.cache.head_dim), before = cursor.seq_len - cursor.num_queries;
   auto* queries = reinterpret_cast<uint4*>(shared + Places<C, kDim>::kQueries);
 #pragma unroll
-  for (int b = 0; b < Rows<kDim>::kCount; ++b) {
+  for (int b = 0; b < Rows<C, kDim>::kCount; ++b) {
     const __nv_bfloat16* from[2];
     for (int i = 0; i < 2; ++i) {
-      const int row = cursor.first_row + row_of(b, i, Rows<kDim>::kCount), query = row / group;
+      const int row = cursor.first_row + row_of(b, i, Rows<C, kDim>::kCount), query = row / group;
       const int64_t head = static_cast<int64_t>(cursor.kv_head) * group + row % group;
       rows.position[b][i] = before + min(query, cursor.num_queries - 1);
       from[i] = query < cursor.num_queries ? static_cast<const __nv_bfloat16*>(args.q) +
@@ -127,15 +130,15 @@ __device__ void start_item(const PrefillAttentionArgs& args, const Cursor& curso
     for (int step = 0; step < kDim / 16; ++step) {
       uint32_t a[4];
       load_query<C, kDim>(from[0], from[1], head_dim, step, a);
-      queries[(b * (kDim / 16) + step) * kThreads + threadIdx.x] = {a[0], a[1], a[2], a[3]};
+      queries[(b * (kDim / 16) + step) * kThreads<C, kDim> + threadIdx.x] = {a[0], a[1], a[2], a[3]};
     }
   }
-  clear<kDim>(rows);
+  clear<C, kDim>(rows);
   if (args.fold_tokens == 0) return;
   auto* folded = reinterpret_cast<float*>(shared + Places<C, kDim>::kFolded) + threadIdx.x;
   auto* states = reinterpret_cast<RowState*>(shared + Places<C, kDim>::kFoldedStates) + threadIdx.x;
-  for (int i = 0; i < Rows<kDim>::kCount * Rows<kDim>::kUnits * 8; ++i) folded[i * kThreads] = 0.0f;
-  for (int i = 0; i < Rows<kDim>::kCount * 2; ++i) states[i * kThreads] = RowState{};
+  for (int i = 0; i < Rows<C, kDim>::kCount * Rows<C, kDim>::kUnits * 8; ++i) folded[i * kThreads<C, kDim>] = 0.0f;
+  for (int i = 0; i < Rows<C, kDim>::kCount * 2; ++i) states[i * kThreads<C, kDim>] = RowState{};
 }
 
 // One-byte keys and values of a tile to bfloat16.
@@ -144,8 +147,8 @@ __device__ void convert(const unsigned char* stage, unsigned char* converted) {
   using From = Tile<C, kDim>;
   using To = Tile<__nv_bfloat16, kDim>;
 #pragma unroll 4
-  for (int i = 0; i < 2 * kTileTokens * From::kPieces / kThreads; ++i) {
-    const int index = i * kThreads + static_cast<int>(threadIdx.x), row = index / From::kPieces % kTileTokens;
+  for (int i = 0; i < 2 * kTileTokens * From::kPieces / kThreads<C, kDim>; ++i) {
+    const int index = i * kThreads<C, kDim> + static_cast<int>(threadIdx.x), row = index / From::kPieces % kTileTokens;
     const int piece = index % From::kPieces, which = index / (kTileTokens * From::kPieces);
     const uint4 words = *reinterpret_cast<const uint4*>(stage + which * From::kBytes + From::at(row, piece));
     uint4 even, odd;
@@ -159,8 +162,10 @@ __device__ void convert(const unsigned char* stage, unsigned char* converted) {
 }
 
 // Products of the warp's rows and the 64 keys.
-template <typename T, int kDim>
-__device__ void products(const unsigned char* keys, const uint4* queries, float (&s)[kBands<kDim>][8][4]) {
+template <typename C, int kDim>
+__device__ void products(const unsigned char* keys, const uint4* queries, float (&s)[kBands<C, kDim>][8][4]) {
+  using T = Operand<C>;
+  constexpr int kCount = kBands<C, kDim>;
 #pragma unroll
   for (auto& band : s)
     for (auto& tile : band)
@@ -168,16 +173,16 @@ __device__ void products(const unsigned char* keys, const uint4* queries, float 
   const LaneOffset at = key_offset<T, kDim>();
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
-    uint32_t a[kBands<kDim>][4];
-    for (int band = 0; band < kBands<kDim>; ++band) {
-      const uint4 words = queries[(band * (kDim / 16) + step) * kThreads + threadIdx.x];
+    uint32_t a[kCount][4];
+    for (int band = 0; band < kCount; ++band) {
+      const uint4 words = queries[(band * (kDim / 16) + step) * kThreads<C, kDim> + threadIdx.x];
       a[band][0] = words.x, a[band][1] = words.y, a[band][2] = words.z, a[band][3] = words.w;
     }
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       uint32_t b[2][2];
       load_keys<T, kDim>(keys, at, chunk * kChunkTokens, step, b[0], b[1]);
-      for (int band = 0; band < kBands<kDim>; ++band) {
+      for (int band = 0; band < kCount; ++band) {
         mma<T>(s[band][2 * chunk], a[band], b[0]);
         mma<T>(s[band][2 * chunk + 1], a[band], b[1]);
       }
@@ -188,7 +193,7 @@ __device__ void products(const unsigned char* keys, const uint4* queries, float 
 // From the products of a band to the left operands of its output; its sums and what it has of outputs are rescaled.
 template <typename C, int kDim, bool kIsEdge>
 __device__ void to_probabilities(const PrefillAttentionArgs& args, const Cursor& cursor, ScoreRule rule, int band,
-                                 const float* key_scales, float (&s)[8][4], Rows<kDim>& rows,
+                                 const float* key_scales, float (&s)[8][4], Rows<C, kDim>& rows,
                                  uint32_t (&a)[kChunks][4]) {
   using T = Operand<C>;
   const int in_tile = static_cast<int>(threadIdx.x) % 4 * 2, start = cursor.tile * kTileTokens;
@@ -248,9 +253,9 @@ __device__ void to_probabilities(const PrefillAttentionArgs& args, const Cursor&
 template <typename C, int kDim>
 __device__ void add_tile(const PrefillAttentionArgs& args, const Cursor& cursor, ScoreRule rule, const uint4* queries,
                          const unsigned char* keys, const unsigned char* values, const float* key_scales,
-                         Rows<kDim>& rows) {
+                         Rows<C, kDim>& rows) {
   using T = Operand<C>;
-  constexpr int kCount = Rows<kDim>::kCount;
+  constexpr int kCount = Rows<C, kDim>::kCount;
   // The warp's first and last row have its first and last position.
   const int low = __shfl_sync(kAllLanes, rows.position[0][0], 0);
   const int high = __shfl_sync(kAllLanes, rows.position[kCount - 1][1], kWarp - 1);
@@ -258,23 +263,22 @@ __device__ void add_tile(const PrefillAttentionArgs& args, const Cursor& cursor,
   const Span common{span_of(args, high, cursor.seq_len).first, span_of(args, low, cursor.seq_len).end};
   const int start = cursor.tile * kTileTokens, end = start + kTileTokens;
   if (start >= widest.end || end <= widest.first) return;
-  float s[kCount][8][4];
+  const bool is_edge = start < common.first || end > common.end;
   uint32_t a[kCount][kChunks][4];
-  products<T, kDim>(keys, queries, s);
-  if (start < common.first || end > common.end) {
+  float s[kCount][8][4];
+  products<C, kDim>(keys, queries, s);
 #pragma unroll
-    for (int band = 0; band < kCount; ++band)
+  for (int band = 0; band < kCount; ++band) {
+    if (is_edge)
       to_probabilities<C, kDim, true>(args, cursor, rule, band, key_scales, s[band], rows, a[band]);
-  } else {
-#pragma unroll
-    for (int band = 0; band < kCount; ++band)
+    else
       to_probabilities<C, kDim, false>(args, cursor, rule, band, key_scales, s[band], rows, a[band]);
   }
   const LaneOffset at = value_offset<T, kDim>();
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
-    for (int unit = 0; unit < Rows<kDim>::kUnits; ++unit) {
+    for (int unit = 0; unit < Rows<C, kDim>::kUnits; ++unit) {
       uint32_t b[2][2];
       load_values<T, kDim>(values, at, chunk * kChunkTokens, unit, b[0], b[1]);
       for (int band = 0; band < kCount; ++band) {
@@ -287,64 +291,55 @@ __device__ void add_tile(const PrefillAttentionArgs& args, const Cursor& cursor,
 
 // Puts the state of the tokens since the last boundary to those before it.
 template <typename C, int kDim>
-__device__ void fold(unsigned char* shared, Rows<kDim>& rows) {
+__device__ void fold(unsigned char* shared, Rows<C, kDim>& rows) {
   auto* folded = reinterpret_cast<float*>(shared + Places<C, kDim>::kFolded) + threadIdx.x;
   auto* states = reinterpret_cast<RowState*>(shared + Places<C, kDim>::kFoldedStates) + threadIdx.x;
 #pragma unroll
-  for (int band = 0; band < Rows<kDim>::kCount; ++band) {
+  for (int band = 0; band < Rows<C, kDim>::kCount; ++band) {
     MergeWeights weights[2];
     for (int i = 0; i < 2; ++i) {
-      RowState& state = states[(2 * band + i) * kThreads];
+      RowState& state = states[(2 * band + i) * kThreads<C, kDim>];
       weights[i] = merge(state, {rows.maximum[band][i], rows.sums[band][2 * i]});
     }
 #pragma unroll
-    for (int unit = 0; unit < Rows<kDim>::kUnits; ++unit) {
+    for (int unit = 0; unit < Rows<C, kDim>::kUnits; ++unit) {
       for (int j = 0; j < 8; ++j) {
-        float& before = folded[((band * Rows<kDim>::kUnits + unit) * 8 + j) * kThreads];
+        float& before = folded[((band * Rows<C, kDim>::kUnits + unit) * 8 + j) * kThreads<C, kDim>];
         before = merged(before, rows.output[band][unit][j / 4][j % 4], weights[j % 4 / 2]);
       }
     }
   }
-  clear<kDim>(rows);
+  clear<C, kDim>(rows);
 }
 
-// What was put aside comes back as if it were one state.
-template <typename C, int kDim>
-__device__ void unfold(unsigned char* shared, Rows<kDim>& rows) {
+// Writes the outputs, of what was put aside where kIsFolded.
+template <typename C, int kDim, bool kIsFolded>
+__device__ void finish_item(const PrefillAttentionArgs& args, const Cursor& cursor, int group,
+                            const unsigned char* shared, const Rows<C, kDim>& rows) {
+  const int head_dim = static_cast<int>(args.cache.head_dim), quad = static_cast<int>(threadIdx.x) % 4;
   const auto* folded = reinterpret_cast<const float*>(shared + Places<C, kDim>::kFolded) + threadIdx.x;
   const auto* states = reinterpret_cast<const RowState*>(shared + Places<C, kDim>::kFoldedStates) + threadIdx.x;
 #pragma unroll
-  for (int band = 0; band < Rows<kDim>::kCount; ++band) {
-    for (int i = 0; i < 2; ++i) {
-      const RowState state = states[(2 * band + i) * kThreads];
-      rows.maximum[band][i] = state.maximum, rows.sums[band][2 * i] = state.sum;
-    }
-#pragma unroll
-    for (int unit = 0; unit < Rows<kDim>::kUnits; ++unit)
-      for (int j = 0; j < 8; ++j)
-        rows.output[band][unit][j / 4][j % 4] = folded[((band * Rows<kDim>::kUnits + unit) * 8 + j) * kThreads];
-  }
-}
-
-template <typename C, int kDim>
-__device__ void finish_item(const PrefillAttentionArgs& args, const Cursor& cursor, int group, const Rows<kDim>& rows) {
-  const int head_dim = static_cast<int>(args.cache.head_dim), quad = static_cast<int>(threadIdx.x) % 4;
-#pragma unroll
-  for (int b = 0; b < Rows<kDim>::kCount; ++b) {
+  for (int b = 0; b < Rows<C, kDim>::kCount; ++b) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = cursor.first_row + row_of(b, i, Rows<kDim>::kCount), query = row / group;
+      const int row = cursor.first_row + row_of(b, i, Rows<C, kDim>::kCount), query = row / group;
       if (query >= cursor.num_queries) continue;
       const int64_t head = static_cast<int64_t>(cursor.kv_head) * group + row % group;
-      const float by =
-          normalization({rows.maximum[b][i], rows.sums[b][2 * i]}, args.sinks == nullptr ? nullptr : args.sinks + head);
+      const RowState state =
+          kIsFolded ? states[(2 * b + i) * kThreads<C, kDim>] : RowState{rows.maximum[b][i], rows.sums[b][2 * i]};
+      const float by = normalization(state, args.sinks == nullptr ? nullptr : args.sinks + head);
       auto* out =
           static_cast<__nv_bfloat16*>(args.out) + (cursor.first_query + query) * args.out_stride + head * head_dim;
 #pragma unroll
-      for (int unit = 0; unit < Rows<kDim>::kUnits; ++unit) {
+      for (int unit = 0; unit < Rows<C, kDim>::kUnits; ++unit) {
         float x[2][2];
-        for (int t = 0; t < 2; ++t)
-          for (int j = 0; j < 2; ++j) x[t][j] = __fmul_rn(rows.output[b][unit][t][2 * i + j], by);
+        for (int t = 0; t < 2; ++t) {
+          for (int j = 0; j < 2; ++j) {
+            const int at = ((b * Rows<C, kDim>::kUnits + unit) * 2 + t) * 4 + 2 * i + j;
+            x[t][j] = __fmul_rn(kIsFolded ? folded[at * kThreads<C, kDim>] : rows.output[b][unit][t][2 * i + j], by);
+          }
+        }
         if constexpr (kHasScales<C>) {
           if (16 * unit < head_dim)
             *reinterpret_cast<uint2*>(out + 16 * unit + 4 * quad) = {pack<__nv_bfloat16>(x[0][0], x[1][0]),
@@ -360,7 +355,8 @@ __device__ void finish_item(const PrefillAttentionArgs& args, const Cursor& curs
 }
 
 template <typename C, int kDim>
-__global__ void __launch_bounds__(kThreads) prefill_attention_kernel(PrefillAttentionArgs args, ScoreRule rule) {
+__global__ void __launch_bounds__(kThreads<C, kDim>)
+    prefill_attention_kernel(PrefillAttentionArgs args, ScoreRule rule) {
   using At = Places<C, kDim>;
   constexpr int kBytes = Stage<C, kDim>::kBytes;
   auto* shared = dynamic_shared<unsigned char>();
@@ -370,24 +366,25 @@ __global__ void __launch_bounds__(kThreads) prefill_attention_kernel(PrefillAtte
   const auto* queries = reinterpret_cast<const uint4*>(shared + At::kQueries);
   Cursor now, ahead;
   now.item = static_cast<int>(blockIdx.x);
-  bool is_now = enter<kDim>(args, num_items, group, now), is_ahead = is_now;
+  bool is_now = enter<C, kDim>(args, num_items, group, now), is_ahead = is_now;
   ahead = now;
   const auto advance = [&](Cursor& cursor) {
     if (++cursor.tile < cursor.end_tile) return true;
     cursor.item += static_cast<int>(gridDim.x);
-    return enter<kDim>(args, num_items, group, cursor);
+    return enter<C, kDim>(args, num_items, group, cursor);
   };
   const auto copy_ahead = [&](int stage) {
     if (is_ahead) {
       const int32_t* table = args.block_tables + ahead.sequence * args.table_stride;
-      load_tile<C, kDim, kThreads>(args.cache, table, ahead.kv_head, {ahead.tile * kTileTokens, ahead.first, ahead.end},
-                                   shared + stage * kBytes);
+      load_tile<C, kDim, kThreads<C, kDim>>(args.cache, table, ahead.kv_head,
+                                            {ahead.tile * kTileTokens, ahead.first, ahead.end},
+                                            shared + stage * kBytes);
       is_ahead = advance(ahead);
     }
     cp_async_commit();
   };
   copy_ahead(0);
-  Rows<kDim> rows;
+  Rows<C, kDim> rows;
   bool is_fresh = true, has_rows = true;
   for (int stage = 0; is_now; stage = 1 - stage) {
     cp_async_wait<0>();
@@ -395,8 +392,8 @@ __global__ void __launch_bounds__(kThreads) prefill_attention_kernel(PrefillAtte
     copy_ahead(1 - stage);
     if (is_fresh) {
       start_item<C, kDim>(args, now, group, shared, rows);
-      has_rows =
-          (now.first_row + static_cast<int>(threadIdx.x) / kWarp * (kRowTile * kBands<kDim>)) / group < now.num_queries;
+      has_rows = (now.first_row + static_cast<int>(threadIdx.x) / kWarp * (kRowTile * kBands<C, kDim>)) / group <
+                 now.num_queries;
     }
     const unsigned char* keys = shared + stage * kBytes;
     const auto* scales = reinterpret_cast<const float*>(keys + Stage<C, kDim>::kKeyScales);
@@ -408,11 +405,13 @@ __global__ void __launch_bounds__(kThreads) prefill_attention_kernel(PrefillAtte
     const unsigned char* values = keys + Tile<Operand<C>, kDim>::kBytes;
     if (has_rows) add_tile<C, kDim>(args, now, rule, queries, keys, values, scales, rows);
     is_fresh = now.tile + 1 == now.end_tile;
-    if (fold_tokens != 0 && (is_fresh || (now.tile + 1) * kTileTokens % fold_tokens == 0)) {
+    if (fold_tokens == 0) {
+      if (is_fresh) finish_item<C, kDim, false>(args, now, group, shared, rows);
+    } else if (is_fresh || (now.tile + 1) * kTileTokens % fold_tokens == 0) {
       fold<C, kDim>(shared, rows);
-      if (is_fresh) unfold<C, kDim>(shared, rows);
+      __syncwarp();  // what it stored is loaded again, and not kept in registers
+      if (is_fresh) finish_item<C, kDim, true>(args, now, group, shared, rows);
     }
-    if (is_fresh) finish_item<C, kDim>(args, now, group, rows);
     is_now = advance(now);
   }
   cp_async_wait<0>();
@@ -421,7 +420,7 @@ __global__ void __launch_bounds__(kThreads) prefill_attention_kernel(PrefillAtte
 template <typename C, int kDim>
 cudaError_t launch_tiles(const PrefillAttentionArgs& args, cudaStream_t stream) {
   const int bytes = args.fold_tokens != 0 ? Places<C, kDim>::kEnd : Places<C, kDim>::kFolded;
-  return launch(prefill_attention_kernel<C, kDim>, static_cast<unsigned>(args.num_ctas), kThreads,
+  return launch(prefill_attention_kernel<C, kDim>, static_cast<unsigned>(args.num_ctas), kThreads<C, kDim>,
                 static_cast<size_t>(bytes), stream, args, score_rule(args.scale, args.softcap));
 }
 

@@ -35,6 +35,8 @@ def launchers(request: pytest.FixtureRequest) -> Launchers:
         pytest.skip("no NVIDIA GPU is usable here")
     if request.param == "emulator" and not emulation.EMULATOR.exists():
         pytest.skip("the kernels are not built for the CPU: make cuda-emulator, which needs CUDA's headers")
+    if request.param != "gpu":
+        torch.set_num_threads(1)  # threads that wait for each other cost more than small tensors gain
     if request.param == "gpu":
         return of_library(open_library())
     return emulation.emulated_launchers() if request.param == "emulator" else emulation.torch_launchers()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmserve.ops.cuda.launchers import Launchers
     from llmserve.ops.cuda.prefill_attention import QueryWork
 
-CHUNKS: Final = ((1, 1), (15, 15), (65, 3), (64, 17), (257, 1), (300, 45), (40, 40), (0, 0))
+CHUNKS: Final = ((1, 1), (15, 15), (65, 3), (64, 17), (257, 1), (300, 5), (35, 35), (0, 0))
 """Tokens in the cache, and how many of them are queries."""
 SLACK: Final = 3
 
@@ -101,20 +101,21 @@ def test_agrees_with_float64(launchers: Launchers, head_dim: int, kind: dtype) -
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
-@pytest.mark.parametrize("group", [1, 3, 7, 17, 64])
+@pytest.mark.parametrize("group", [1, 3, 7, 17, 33])
 def test_any_number_of_queries_for_a_key(launchers: Launchers, group: int, kind: dtype) -> None:
-    case = Case(launchers, kind, [(70, 9), (20, 3)], heads=2 * group)
+    case = Case(launchers, kind, [(70, 3), (20, 2)], heads=2 * group)
     case.check(case.run())
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
-@pytest.mark.parametrize("window", [1, 16, 100, 1000])
+@pytest.mark.parametrize("window", [1, 20, 100])
 @pytest.mark.parametrize("is_bidirectional", [False, True])
 def test_what_is_outside_the_window_is_not_read(
     launchers: Launchers, is_bidirectional: bool, window: int, kind: dtype
 ) -> None:
-    chunks = [(1, 1), (65, 65), (200, 3), (230, 45)]
-    case = Case(launchers, kind, chunks, rule=rule_of(window=window), is_bidirectional=is_bidirectional)
+    chunks = [(1, 1), (35, 35), (200, 3), (130, 18)]
+    rule = rule_of(window=window)
+    case = Case(launchers, kind, chunks, kv_heads=1, heads=3, rule=rule, is_bidirectional=is_bidirectional)
     case.check(case.run())
 
 
@@ -124,7 +125,7 @@ def test_options(launchers: Launchers, options: dict[str, Any], kind: dtype) -> 
     if "sinks" in options:
         sinks = np.random.default_rng(fresh_seed()).uniform(-3, 3, 4)
         options = {**options, "sinks": torch.from_numpy(sinks).float().to(launchers.device)}
-    case = Case(launchers, kind, [(1, 1), (130, 40)], rule=rule_of(**options))
+    case = Case(launchers, kind, [(1, 1), (130, 10)], rule=rule_of(**options))
     out = case.run()
     case.check(out)
     changes: tuple[tuple[str, Any], ...] = (("sinks", None), ("softcap", 0.0))
@@ -136,7 +137,7 @@ def test_options(launchers: Launchers, options: dict[str, Any], kind: dtype) -> 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 def test_all_see_all_where_it_is_bidirectional(launchers: Launchers, kind: dtype) -> None:
-    case = Case(launchers, kind, [(70, 70), (33, 33), (1, 1)], is_bidirectional=True)
+    case = Case(launchers, kind, [(70, 20), (33, 33), (1, 1)], is_bidirectional=True)
     out = case.run()
     case.check(out)
     case.is_bidirectional = False
@@ -146,7 +147,7 @@ def test_all_see_all_where_it_is_bidirectional(launchers: Launchers, kind: dtype
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 def test_a_mistake_would_be_seen(launchers: Launchers, kind: dtype) -> None:
-    case = Case(launchers, kind, [(150, 40)], rule=rule_of(scale=0.05))
+    case = Case(launchers, kind, [(150, 25)], rule=rule_of(scale=0.05))
     out = case.run()
     case.check(out)
     right = case.paged.sequences[0]
@@ -163,23 +164,24 @@ def test_a_mistake_would_be_seen(launchers: Launchers, kind: dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 256])
-@pytest.mark.parametrize("options", [{}, {"window": 150, "softcap": 20.0, "sinks": True}])
+@pytest.mark.parametrize(
+    ("head_dim", "fold", "options"),
+    [(64, 64, {"window": 150, "softcap": 20.0, "sinks": True}), (80, 128, {}), (128, 64, {}), (256, 64, {})],
+)
 def test_folded_rows_are_those_of_decode(
-    launchers: Launchers, options: dict[str, Any], head_dim: int, kind: dtype
+    launchers: Launchers, options: dict[str, Any], fold: int, head_dim: int, kind: dtype
 ) -> None:
     if "sinks" in options:
         options = {**options, "sinks": torch.linspace(-2, 2, 6, device=launchers.device)}
-    case = Case(launchers, kind, [(300, 11), (64, 3), (130, 9)], heads=6, head_dim=head_dim, rule=rule_of(**options))
-    for fold in (64, 128):
-        out = case.run(fold_tokens=fold)
-        case.check(out)
-        for i, (length, count) in enumerate(case.chunks):
-            table, sequence = case.paged.tables[i : i + 1].expand(count, -1), case.paged.sequences[i]
-            lens = torch.arange(length - count + 1, length + 1, dtype=torch.int32, device=launchers.device)
-            rows = slice(int(case.start[i]), int(case.start[i + 1]))
-            alone = Paged(case.paged.cache, table.contiguous(), lens, [sequence] * count)
-            assert torch.equal(out[rows], decode(launchers, case.q[rows], alone, case.rule, split=fold))
+    case = Case(launchers, kind, [(300, 3), (64, 2), (130, 7)], heads=6, head_dim=head_dim, rule=rule_of(**options))
+    out = case.run(fold_tokens=fold)
+    case.check(out)
+    for i, (length, count) in enumerate(case.chunks):
+        table, sequence = case.paged.tables[i : i + 1].expand(count, -1), case.paged.sequences[i]
+        lens = torch.arange(length - count + 1, length + 1, dtype=torch.int32, device=launchers.device)
+        rows = slice(int(case.start[i]), int(case.start[i + 1]))
+        alone = Paged(case.paged.cache, table.contiguous(), lens, [sequence] * count)
+        assert torch.equal(out[rows], decode(launchers, case.q[rows], alone, case.rule, split=fold))
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
@@ -187,7 +189,7 @@ def test_folded_rows_are_those_of_decode(
 def test_a_row_depends_neither_on_the_others_nor_on_the_grid(
     launchers: Launchers, fold_tokens: int, kind: dtype
 ) -> None:
-    case = Case(launchers, kind, [(150, 50), (64, 2), (129, 1)], heads=6)
+    case = Case(launchers, kind, [(150, 15), (64, 2), (129, 1)], heads=6)
     together = case.run(fold_tokens=fold_tokens)
     assert torch.equal(together, case.run(num_ctas=40, fold_tokens=fold_tokens))
     whole, chunks, start, q = case.paged, case.chunks, case.start, case.q
