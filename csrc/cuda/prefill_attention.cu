@@ -11,7 +11,20 @@
 // attention_tile.h), so that every warp does not do it anew.
 //
 // With fold_tokens a row's state is put aside at each boundary, merged by the words of decode, and begun anew: all sums
-// have then the order of decode, whatever chunk a token came in.
+// have then the order of decode, whatever chunk a token came in. What is put aside is in shared memory.
+//
+// On sm_90 (no kernel spills; one tile of keys and values is under way in each block):
+//
+//   head_dim up to   bytes   registers   threads   shared, folded    blocks of an SM   under way in an SM
+//   64               2       239         128       48 KB, 84 KB      2                 32 KB
+//   128              2       255         128       96 KB, 164 KB     2, folded 1       64 KB, folded 32 KB
+//   256              2       250         128       160 KB, 226 KB    1                 64 KB
+//   64               1       148         256       49 KB, 85 KB      1                 8.5 KB
+//   128              1       209         256       97 KB, 165 KB     1                 16.5 KB
+//   256              1       254         128       161 KB, 227 KB    1                 32.5 KB
+//
+// sm_80 and sm_86 have 163 KB and 99 KB of shared memory: there wide heads, folded ones first, are refused at the
+// launch.
 #include "cuda/prefill_attention.h"
 
 #include "cuda/attention_tile.h"
@@ -79,6 +92,13 @@ __device__ bool enter(const PrefillAttentionArgs& args, int num_items, int group
     return true;
   }
   return false;
+}
+
+template <typename C, int kDim>
+__device__ bool advance(const PrefillAttentionArgs& args, int num_items, int group, Cursor& cursor) {
+  if (++cursor.tile < cursor.end_tile) return true;
+  cursor.item += static_cast<int>(gridDim.x);
+  return enter<C, kDim>(args, num_items, group, cursor);
 }
 
 // What a lane has of an item: two rows of each band.
@@ -368,18 +388,13 @@ __global__ void __launch_bounds__(kThreads<C, kDim>)
   now.item = static_cast<int>(blockIdx.x);
   bool is_now = enter<C, kDim>(args, num_items, group, now), is_ahead = is_now;
   ahead = now;
-  const auto advance = [&](Cursor& cursor) {
-    if (++cursor.tile < cursor.end_tile) return true;
-    cursor.item += static_cast<int>(gridDim.x);
-    return enter<C, kDim>(args, num_items, group, cursor);
-  };
   const auto copy_ahead = [&](int stage) {
     if (is_ahead) {
       const int32_t* table = args.block_tables + ahead.sequence * args.table_stride;
       load_tile<C, kDim, kThreads<C, kDim>>(args.cache, table, ahead.kv_head,
                                             {ahead.tile * kTileTokens, ahead.first, ahead.end},
                                             shared + stage * kBytes);
-      is_ahead = advance(ahead);
+      is_ahead = advance<C, kDim>(args, num_items, group, ahead);
     }
     cp_async_commit();
   };
@@ -412,7 +427,7 @@ __global__ void __launch_bounds__(kThreads<C, kDim>)
       __syncwarp();  // what it stored is loaded again, and not kept in registers
       if (is_fresh) finish_item<C, kDim, true>(args, now, group, shared, rows);
     }
-    is_now = advance(now);
+    is_now = advance<C, kDim>(args, num_items, group, now);
   }
   cp_async_wait<0>();
 }

@@ -192,6 +192,12 @@ def check_arguments(
     )  # fmt: skip
 
 
+def ctas_per_sm(cache: KvCache) -> int:
+    """How many blocks of the kernel an SM of compute capability 9.0 holds: `num_ctas` is that times the SMs."""
+    of_width = {2: (3, 2, 1), 1: (5, 3, 2)}[cache.k.element_size()]
+    return of_width[0 if cache.head_dim <= 64 else 1 if cache.head_dim <= 128 else 2]
+
+
 def plan_work(
     seq_lens: NDArray[Any], *, split_tokens: int, window: int, max_work: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -155,6 +155,13 @@ def check_arguments(
     )  # fmt: skip
 
 
+def ctas_per_sm(cache: KvCache, fold_tokens: int) -> int:
+    """How many blocks of the kernel an SM of compute capability 9.0 holds: `num_ctas` is that times the SMs."""
+    if cache.k.element_size() == 1 or cache.head_dim > 128:
+        return 1
+    return 1 if fold_tokens and cache.head_dim > 64 else 2
+
+
 def query_rows(head_dim: int) -> int:
     """Rows of a tile of queries (`kRows` of the kernel): a row is a token and one of the heads of a key-value head."""
     return 128 if head_dim <= 128 else 64
