@@ -79,7 +79,8 @@ __device__ void unpack(uint32_t word, uint32_t& even, uint32_t& odd) {
     even = value(word);
     odd = value(word >> 8);
   } else {
-    // Exponent and mantissa of e4m3 moved into those of bfloat16 are the value times 2^(7 - 127), also below 2^-6.
+    // Exponent and mantissa of e4m3 moved into those of bfloat16 are the value times 2^(7 - 127), also below 2^-6. The
+    // code of NaN is 480 here: who writes the cache puts what is not finite into the scale.
     const __nv_bfloat162 factor = pair_of(0x7B807B80u);  // 2^120
     const auto value = [&](uint32_t signs, uint32_t rest) {
       return word_of(__hmul2(pair_of((signs & 0x80008000u) | (rest & 0x07F007F0u)), factor));

@@ -94,6 +94,14 @@ def test_agrees_with_float64(launchers: Launchers, head_dim: int, kind: dtype) -
     assert (out[lens.index(0)] == 0).all()
 
 
+@pytest.mark.parametrize("head_dim", [8, 24, 72, 192])
+def test_heads_of_odd_widths(launchers: Launchers, head_dim: int) -> None:
+    random = np.random.default_rng(fresh_seed())
+    case = paged(random, launchers.device, torch.bfloat16, [70, 9], head_dim=head_dim)
+    q = queries(random, launchers.device, 2, 4, head_dim)
+    check(decode(launchers, q, case, rule_of(), split=64), q, case, rule_of())
+
+
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 16, 17, 64])
 def test_any_number_of_queries_for_a_key(launchers: Launchers, group: int, kind: dtype) -> None:

@@ -100,6 +100,12 @@ def test_agrees_with_float64(launchers: Launchers, head_dim: int, kind: dtype) -
     case.check(case.run())
 
 
+@pytest.mark.parametrize("head_dim", [8, 24, 72, 192])
+def test_heads_of_odd_widths(launchers: Launchers, head_dim: int) -> None:
+    case = Case(launchers, torch.bfloat16, [(70, 3), (9, 9)], head_dim=head_dim)
+    case.check(case.run())
+
+
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 3, 7, 17, 33])
 def test_any_number_of_queries_for_a_key(launchers: Launchers, group: int, kind: dtype) -> None:
