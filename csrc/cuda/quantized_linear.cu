@@ -357,9 +357,10 @@ struct Tile {
 };
 
 template <int kBits, bool kBiases, int kOctets, int kRowWarps>
-__global__ void __launch_bounds__(kChannelWarps * kRowWarps * kWarp, kRowWarps == 2 ? 1
-                                                                     : kBiases      ? 3
-                                                                                    : 4)
+__global__ void __launch_bounds__(kChannelWarps * kRowWarps * kWarp, kOctets == 8     ? 2
+                                                                     : kRowWarps == 2 ? 1
+                                                                     : kBiases        ? 3
+                                                                                      : 4)
     quantized_tile_kernel(QuantizedLinearArgs args, Groups groups) {
   using Block = Tile<kBits, kBiases, kOctets, kRowWarps>;
   auto* shared = dynamic_shared<unsigned char>();
@@ -426,9 +427,12 @@ cudaError_t launch_bits(const QuantizedLinearArgs& args, cudaStream_t stream) {
     if constexpr (kBits == 4 || !kBiases) return launch_stream<kBits, 1, kBiases>(args, groups, stream);
   }
   // Four small blocks are resident on a multiprocessor; large ones share their tiles only where most would be idle.
-  if (args.linear.rows <= 16 || !fits_shared(Tile<kBits, kBiases, 4, 2>::kSharedBytes))
+  // Sums of inputs take registers, so where there are biases two warps have the rows that one has otherwise.
+  constexpr int kRowWarps = kBiases ? 2 : 1, kOctets = 8 / kRowWarps;
+  if (args.linear.rows <= 16 || !fits_shared(Tile<kBits, kBiases, kOctets, kRowWarps>::kSharedBytes))
     return launch_tiles<kBits, kBiases, 2, 1>(args, groups, 4 * kMultiprocessors, stream);
-  return launch_tiles<kBits, kBiases, 4, 2>(args, groups, kMultiprocessors, stream);
+  const int64_t wanted = !kBiases && args.linear.rows <= 64 ? 2 * kMultiprocessors : kMultiprocessors;
+  return launch_tiles<kBits, kBiases, kOctets, kRowWarps>(args, groups, wanted, stream);
 }
 
 bool is_valid(const QuantizedLinearArgs& args) {
