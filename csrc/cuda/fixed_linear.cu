@@ -2,8 +2,7 @@
 // of a slice to its last, so an output is one chain of the same instructions whatever tile it falls into. A block has
 // 128 outputs and 16, 64 or 128 rows; both operands come through shared memory several tiles ahead.
 //
-// Registers (sm_90) let two blocks of 16 or 64 rows live on a multiprocessor, which is also what their shared memory
-// allows; one of 128 rows.
+// Registers and shared memory (sm_90) let two blocks of 16 or 64 rows live on a multiprocessor, and one of 128 rows.
 #include "cuda/fixed_linear.h"
 
 #include "cuda/linear_tile.h"
@@ -63,6 +62,9 @@ struct Tile {
     copy_rows<kRows>(to + kChannels * kLine, x, args.x_stride, rows, tile);
   }
 
+  // Rows that do not exist are left out by sixteens, unless there are none (kIsFull): branches would keep the
+  // compiler from loading some while others are multiplied.
+  template <bool kIsFull>
   __device__ void multiply(int tile) {
     const uint4* weights = stage(tile);
     const uint4* batch = weights + kChannels * kLine;
@@ -74,7 +76,7 @@ struct Tile {
         ldmatrix(a[s], weights + place(channel() + s * kStrip + lane() % 16, step * 2 + lane() / 16));
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        if (row() + i * kStep >= rows) continue;
+        if (!kIsFull && row() + i * kStep >= rows) continue;
         uint32_t both[4];  // rows, and those at inputs + 8; then the next eight rows
         ldmatrix(both, batch + place(row() + i * kStep + lane() % 8 + lane() / 16 * 8, step * 2 + lane() / 8 % 2));
         const uint32_t first[2] = {both[0], both[1]}, second[2] = {both[2], both[3]};
@@ -115,7 +117,10 @@ struct Tile {
         __syncthreads();
         if (tile + kStages - 1 < end_tile) copy(tile + kStages - 1);
         cp_async_commit();
-        multiply(tile);
+        if (rows > kRows - kStep)
+          multiply<true>(tile);
+        else
+          multiply<false>(tile);
       }
       flush(sums, slice++);
     }

@@ -54,6 +54,9 @@ struct Tile {
     });
   }
 
+  // Rows that do not exist are left out by eights, unless there are none (kIsFull): branches would keep the
+  // compiler from loading some while others are multiplied.
+  template <bool kIsFull>
   __device__ void multiply(int tile) {
     const unsigned char* from = stage(tile);
 #pragma unroll
@@ -67,7 +70,7 @@ struct Tile {
       }
 #pragma unroll
       for (int i = 0; i < kOctets; ++i) {
-        if (octet(i) * kRowOctet >= rows) continue;
+        if (!kIsFull && octet(i) * kRowOctet >= rows) continue;
         const int row = octet(i) * kRowOctet + lane() / 4, chunk = (half * 2 + lane() % 4 / 2) ^ (row & 2);
         const uint2 both = *reinterpret_cast<const uint2*>(from + row * kTileK + chunk * kChunk + lane() % 2 * 8);
         const uint32_t b[2] = {both.x, both.y};
@@ -105,7 +108,10 @@ struct Tile {
         __syncthreads();
         if (tile + kStages - 1 < end_tile) copy(tile + kStages - 1);
         cp_async_commit();
-        multiply(tile);
+        if (rows > kRows - kRowOctet)
+          multiply<true>(tile);
+        else
+          multiply<false>(tile);
       }
       flush(sums, slice);
       slice = sums.is_shared ? slice + 1 : last;

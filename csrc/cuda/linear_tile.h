@@ -40,11 +40,11 @@ inline bool fits_shared(size_t bytes) {
 #endif
 }
 
-// `each(i)` of kCount things, dealt to the kThreads threads of the block in turn: as many rounds as the compiler can
-// count.
+// `each(i)` of kCount things, dealt to the kThreads threads of the block in turn. Two rounds at a time: the addresses
+// of more would take registers for as long as the kernel runs.
 template <int kCount, int kThreads, typename Each>
 __device__ inline void deal(const Each& each) {
-#pragma unroll
+#pragma unroll 2
   for (int round = 0; round < (kCount + kThreads - 1) / kThreads; ++round) {
     const int i = round * kThreads + static_cast<int>(threadIdx.x);
     if (kCount % kThreads == 0 || i < kCount) each(i);

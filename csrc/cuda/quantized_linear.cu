@@ -2,8 +2,9 @@
 // registers, a block has eight slices. More rows: a block has 128 outputs and 16 or 64 rows; rows, codes and scales
 // come through shared memory, several tiles ahead.
 //
-// Registers (sm_90): 101 to 128 with few rows, so two blocks fit a multiprocessor; 124 to 128 with 16 rows (168 with
-// biases), so four (three); about 200 with 64 rows, so one block of eight warps.
+// Registers (sm_90): up to 128 with few rows, so two blocks of eight warps fit a multiprocessor; 124 to 128 with 16
+// rows, so four blocks of four; 240 to 250 with 64 rows, so two blocks of four, and 190 with biases, one block of
+// eight.
 //
 // What waits in flight on a multiprocessor (sm_90): few rows, two blocks of eight warps with kDepth tiles of 512 bytes
 // each, 64 KB with 4 bits; 16 rows, four blocks with five stages of 4 KB of codes, 80 KB.
@@ -278,11 +279,13 @@ struct Tile {
     for (auto& one : inputs) set_zero(one);
   }
 
-  // One half of the tile's inputs, or those of one group of 16 there.
-  __device__ void multiply(const unsigned char* from, const uint32_t (&a)[kStripPair][2][4], int half, int group) {
+  // One half of the tile's inputs, or those of one group of 16 there. Octets without rows are left out, unless there
+  // are none (kIsFull): branches would keep the compiler from loading one octet while another is multiplied.
+  template <bool kIsFull>
+  __device__ void multiply_half(const unsigned char* from, const uint32_t (&a)[kStripPair][2][4], int half, int group) {
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
-      if (octet(i) * kRowOctet >= rows) continue;
+      if (!kIsFull && octet(i) * kRowOctet >= rows) continue;
       const int row = octet(i) * kRowOctet + lane() / 4, chunk = (half * 4 + lane() % 4) ^ row % 2 * 4;
       const uint4 x = *reinterpret_cast<const uint4*>(from + row * kRowBytes + chunk * kChunk);
       uint32_t b[2][2];
@@ -309,11 +312,15 @@ struct Tile {
       }
       const int groups_of_half = kHasSixteens && groups.per_tile == 4 ? 2 : 1;
       for (int group = 0; group < groups_of_half; ++group) {
-        multiply(from, a, half, groups_of_half == 2 ? group : kNoGroup);
-        if (groups.per_tile > 1) scale(from, half * groups_of_half + group);
+        const int only = groups_of_half == 2 ? group : kNoGroup;
+        if (rows > kRows - kRowOctet)
+          multiply_half<true>(from, a, half, only);
+        else
+          multiply_half<false>(from, a, half, only);
+        if (groups.per_tile > 1 || (half == 1 && ends))
+          scale(from, groups.per_tile > 1 ? half * groups_of_half + group : 0);
       }
     }
-    if (groups.per_tile == 1 && ends) scale(from, 0);
   }
 
   __device__ void flush(Sums& sums, int slice) {
