@@ -10,7 +10,7 @@
 namespace llmserve::cuda {
 
 // Raised by whatever changes a struct or a launcher: who loads the library compares.
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 
 enum class Type : int32_t { kBF16, kF16, kF32, kF8E4M3, kI8 };
 

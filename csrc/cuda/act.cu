@@ -37,82 +37,91 @@ __device__ void activate(Act kind, float (&x)[kRowWidth]) {
   }
 }
 
-template <bool kWhole>
-__device__ void compute(const ActArgs& args, Act kind, const __nv_bfloat16* row, int column, float (&out)[kRowWidth]) {
-  load_vector<__nv_bfloat16, kWhole>(row, column, static_cast<int>(args.columns), out);
+template <typename T, bool kWhole>
+__device__ void compute(const ActArgs& args, Act kind, const T* row, int column, float (&out)[kRowWidth]) {
+  load_vector<T, kWhole>(row, column, static_cast<int>(args.columns), out);
   activate(kind, out);
   if (args.gated == 0) return;
   float up[kRowWidth];
-  load_vector<__nv_bfloat16, kWhole>(row + args.columns, column, static_cast<int>(args.columns), up);
+  load_vector<T, kWhole>(row + args.columns, column, static_cast<int>(args.columns), up);
   for (int i = 0; i < kRowWidth; ++i) out[i] *= up[i];
 }
 
-template <bool kWhole>
+template <typename T, bool kWhole>
 __global__ void act_kernel(ActArgs args) {
   const int64_t row = blockIdx.x;
   const int column = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kRowWidth;
   if (column >= args.columns) return;
   float values[kRowWidth];
-  compute<kWhole>(args, args.kind, static_cast<const __nv_bfloat16*>(args.x) + row * args.x_stride, column, values);
+  compute<T, kWhole>(args, args.kind, static_cast<const T*>(args.x) + row * args.x_stride, column, values);
   store_vector<__nv_bfloat16, kWhole>(static_cast<__nv_bfloat16*>(args.out) + row * args.out_stride, column,
                                       static_cast<int>(args.columns), values);
 }
 
 // Of one kind: a switch here would take registers. A thread of a wide row has twice the vectors instead of a block
 // twice the threads, whose 64 registers each the error function overflows.
-template <Act kKind, int kThreads, int kVectors, bool kWhole>
+template <typename T, Act kKind, int kThreads, int kVectors, bool kWhole>
 __global__ void __launch_bounds__(kThreads < kRowBlock ? kRowBlock : kThreads) act_int8_kernel(ActArgs args) {
   constexpr bool kShared = kThreads < kRowBlock;  // a block has several rows
   const int in_row = static_cast<int>(threadIdx.x) % (kShared ? kThreads : kMostRowThreads);
   const int64_t row = kShared ? int64_t{blockIdx.x} * (kRowBlock / kThreads) + threadIdx.x / kThreads : blockIdx.x;
   const bool exists = !kShared || row < args.rows;  // all threads take part in the maximum
-  const auto* x = static_cast<const __nv_bfloat16*>(args.x) + (exists ? row : 0) * args.x_stride;
+  const T* x = static_cast<const T*>(args.x) + (exists ? row : 0) * args.x_stride;
   const int columns = exists ? static_cast<int>(args.columns) : 0;
   float values[kVectors][kRowWidth];
   uint32_t largest = 0;
   for_each_vector<kVectors>([&](int v) {
     const int column = (v * kThreads + in_row) * kRowWidth;
     if (column >= columns) return;
-    compute<kWhole>(args, kKind, x, column, values[v]);
+    compute<T, kWhole>(args, kKind, x, column, values[v]);
     for (const float value : values[v]) largest = max(largest, magnitude(value));  // past the row all are zero
   });
-  store_row<__nv_bfloat16, kThreads, kWhole>(args, exists ? row : -1, in_row, largest, values);
+  store_row<kThreads, kWhole>(args, exists ? row : -1, in_row, largest, values);
 }
 
+template <typename T>
 cudaError_t launch_bf16(const ActArgs& args, bool whole, cudaStream_t stream) {
   const int64_t vectors = (args.columns + kRowWidth - 1) / kRowWidth;
   const auto threads = static_cast<unsigned>(vectors < kRowBlock ? (vectors + kWarp - 1) / kWarp * kWarp : kRowBlock);
   const auto across = static_cast<unsigned>((vectors + threads - 1) / threads);
-  return launch(whole ? act_kernel<true> : act_kernel<false>, dim3(static_cast<unsigned>(args.rows), across), threads,
-                0, stream, args);
+  return launch(whole ? act_kernel<T, true> : act_kernel<T, false>, dim3(static_cast<unsigned>(args.rows), across),
+                threads, 0, stream, args);
 }
 
-template <Act kKind, int kThreads, int kVectors>
+template <typename T, Act kKind, int kThreads, int kVectors>
 cudaError_t launch_int8_rows(const ActArgs& args, bool whole, cudaStream_t stream) {
   constexpr int kRows = kThreads < kRowBlock ? kRowBlock / kThreads : 1;
   const auto blocks = static_cast<unsigned>((args.rows + kRows - 1) / kRows);
-  const auto kernel =
-      whole ? act_int8_kernel<kKind, kThreads, kVectors, true> : act_int8_kernel<kKind, kThreads, kVectors, false>;
+  const auto kernel = whole ? act_int8_kernel<T, kKind, kThreads, kVectors, true>
+                            : act_int8_kernel<T, kKind, kThreads, kVectors, false>;
   return launch(kernel, blocks, kRows * kThreads, 0, stream, args);
 }
 
-template <Act kKind>
+template <typename T, Act kKind>
 cudaError_t launch_int8(const ActArgs& args, bool whole, cudaStream_t stream) {
   const int64_t vectors = (args.columns + kRowWidth - 1) / kRowWidth;
-  if (vectors <= 32) return launch_int8_rows<kKind, 32, 1>(args, whole, stream);
-  if (vectors <= 1024) return launch_int8_rows<kKind, 256, 4>(args, whole, stream);
-  return launch_int8_rows<kKind, 512, 8>(args, whole, stream);
+  if (vectors <= 32) return launch_int8_rows<T, kKind, 32, 1>(args, whole, stream);
+  if (vectors <= 1024) return launch_int8_rows<T, kKind, 256, 4>(args, whole, stream);
+  return launch_int8_rows<T, kKind, 512, 8>(args, whole, stream);
 }
 
+template <typename T>
 cudaError_t launch_int8_kind(const ActArgs& args, bool whole, cudaStream_t stream) {
   if (args.columns > kMostRowColumns) return cudaErrorInvalidValue;
   switch (args.kind) {
-    case Act::kSilu: return launch_int8<Act::kSilu>(args, whole, stream);
-    case Act::kGelu: return launch_int8<Act::kGelu>(args, whole, stream);
-    case Act::kGeluTanh: return launch_int8<Act::kGeluTanh>(args, whole, stream);
-    case Act::kRelu2: return launch_int8<Act::kRelu2>(args, whole, stream);
+    case Act::kSilu: return launch_int8<T, Act::kSilu>(args, whole, stream);
+    case Act::kGelu: return launch_int8<T, Act::kGelu>(args, whole, stream);
+    case Act::kGeluTanh: return launch_int8<T, Act::kGeluTanh>(args, whole, stream);
+    case Act::kRelu2: return launch_int8<T, Act::kRelu2>(args, whole, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+template <typename T>
+cudaError_t launch_type(const ActArgs& args, cudaStream_t stream) {
+  const bool whole = args.columns % kRowWidth == 0 && rows_are_aligned<T>(args.x, args.x_stride) &&
+                     results_are_aligned(args.out, args.out_stride, args.scales != nullptr);
+  return args.scales != nullptr ? launch_int8_kind<T>(args, whole, stream) : launch_bf16<T>(args, whole, stream);
 }
 
 }  // namespace
@@ -124,10 +133,10 @@ LLMSERVE_CUDA_API int32_t llmserve_cuda_act(const llmserve::cuda::ActArgs* args,
   if (args->rows == 0) return cudaSuccess;
   if (args->rows < 0 || args->rows > INT32_MAX || args->columns <= 0 || args->columns > kMostColumns)
     return cudaErrorInvalidValue;
-  const bool is_int8 = args->scales != nullptr;
-  const bool whole = args->columns % kRowWidth == 0 && rows_are_aligned<__nv_bfloat16>(args->x, args->x_stride) &&
-                     (is_int8 ? rows_are_aligned<int8_t>(args->out, args->out_stride)
-                              : rows_are_aligned<__nv_bfloat16>(args->out, args->out_stride));
   const auto on = static_cast<cudaStream_t>(stream);
-  return is_int8 ? launch_int8_kind(*args, whole, on) : launch_bf16(*args, whole, on);
+  switch (args->type) {
+    case Type::kBF16: return launch_type<__nv_bfloat16>(*args, on);
+    case Type::kF32: return launch_type<float>(*args, on);
+    default: return cudaErrorInvalidValue;
+  }
 }

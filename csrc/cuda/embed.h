@@ -11,9 +11,10 @@ struct EmbedArgs {
   const int32_t* positions;    // null, or [rows], each a row of position_table
   const void* position_table;  // null, or bfloat16 [positions][columns], dense
   const void* type_row;        // null, or bfloat16 [columns]
-  void* out;                   // bfloat16 [rows][columns], row r at out + r * out_stride values
+  void* out;                   // [rows][columns], row r at out + r * out_stride values
   int64_t rows, columns, out_stride;
   float scale;  // of the table's rows
+  Type type;    // of out: bfloat16 or float32
 };
 
 }  // namespace llmserve::cuda

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads < kRowBlock ? kRowBlock : kThreads) l
   const int64_t row = kShared ? int64_t{blockIdx.x} * (kRowBlock / kThreads) + threadIdx.x / kThreads : blockIdx.x;
   const bool exists = !kShared || row < args.rows;  // all threads take part in the sums
   const T* x = static_cast<const T*>(args.x) + (exists ? row : 0) * args.x_stride;
-  T* residual = args.residual == nullptr ? nullptr : static_cast<T*>(args.residual) + row * args.columns;
+  float* residual = args.residual == nullptr ? nullptr : args.residual + row * args.columns;
   const int columns = exists ? static_cast<int>(args.columns) : 0;
   const auto column_of = [&](int v) { return (v * kThreads + in_row) * kRowWidth; };
   float values[kRowVectors][kRowWidth];
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads < kRowBlock ? kRowBlock : kThreads) l
   for (int v = 0; v < kRowVectors; ++v) {
     if (column_of(v) >= columns) break;
     load_vector<T, kWhole>(x, column_of(v), columns, values[v]);
-    if (residual != nullptr) add_to_residual<T, kWhole>(residual, column_of(v), columns, values[v]);
+    if (residual != nullptr) add_to_residual<kWhole>(residual, column_of(v), columns, values[v]);
     for (int i = 0; i < kRowWidth; ++i) sum += values[v][i];
   }
   const float mean = sum_of_row<kThreads, 0>(sum) / static_cast<float>(args.columns);
@@ -47,15 +47,14 @@ __global__ void __launch_bounds__(kThreads < kRowBlock ? kRowBlock : kThreads) l
       largest = max(largest, magnitude(values[v][i]));
     }
   }
-  store_row<T, kThreads, kWhole>(args, exists ? row : -1, in_row, largest, values);
+  store_row<kThreads, kWhole>(args, exists ? row : -1, in_row, largest, values);
 }
 
 template <typename T>
 cudaError_t launch_type(const LayerNormArgs& args, cudaStream_t stream) {
   const bool whole = args.columns % kRowWidth == 0 && rows_are_aligned<T>(args.x, args.x_stride) &&
-                     rows_are_aligned<T>(args.residual, args.columns) &&
-                     (args.scales != nullptr ? rows_are_aligned<int8_t>(args.out, args.out_stride)
-                                             : rows_are_aligned<T>(args.out, args.out_stride));
+                     rows_are_aligned<float>(args.residual, args.columns) &&
+                     results_are_aligned(args.out, args.out_stride, args.scales != nullptr);
   return with_row_threads(args.columns, [&](auto threads) {
     constexpr int kThreads = decltype(threads)::value;
     constexpr int kRows = kThreads < kRowBlock ? kRowBlock / kThreads : 1;

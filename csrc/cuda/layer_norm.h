@@ -7,14 +7,14 @@ namespace llmserve::cuda {
 
 struct LayerNormArgs {
   const void* x;        // [rows][columns], row r at x + r * x_stride elements
-  void* residual;       // null, or [rows][columns] dense: becomes residual + x, which is what is normalized
+  float* residual;      // null, or [rows][columns] dense: becomes residual + x, which is what is normalized
   const float* weight;  // [columns]
   const float* bias;    // null, or [columns]
-  void* out;            // [rows][columns], row r at out + r * out_stride; may be x; int8 where there are scales
+  void* out;            // bfloat16, or int8 where there are scales: [rows][columns], row r at out + r * out_stride
   float* scales;        // null, or [rows]: the largest magnitude of the row / 127
   int64_t rows, columns, x_stride, out_stride;
   float eps;
-  Type type;  // of x and residual, and of out without scales: bfloat16 or float32
+  Type type;  // of x: bfloat16 or float32
 };
 
 }  // namespace llmserve::cuda

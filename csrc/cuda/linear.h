@@ -11,12 +11,12 @@
 namespace llmserve::cuda {
 
 struct LinearArgs {
-  const void* x;         // [rows][inputs], row r at x + r * x_stride elements
-  const float* bias;     // null, or [outputs]
-  const void* residual;  // null, or bfloat16 [rows][outputs], row r at residual + r * residual_stride; may be out
-  void* out;             // [rows][outputs], row r at out + r * out_stride
-  void* workspace;       // 4 bytes x [slices][rows][outputs]
-  int32_t* counters;     // one for each tile of outputs: zero, and left zero
+  const void* x;          // [rows][inputs], row r at x + r * x_stride elements
+  const float* bias;      // null, or [outputs]
+  const float* residual;  // null, or [rows][outputs], row r at residual + r * residual_stride; may be out
+  void* out;              // [rows][outputs], row r at out + r * out_stride
+  void* workspace;        // 4 bytes x [slices][rows][outputs]
+  int32_t* counters;      // one for each tile of outputs: zero, and left zero
   int64_t rows, outputs, inputs, x_stride, residual_stride, out_stride;
   int64_t workspace_bytes, num_counters;
   int32_t slices;

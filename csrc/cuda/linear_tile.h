@@ -54,8 +54,7 @@ __device__ inline void deal(const Each& each) {
 // One finished sum: bias and residual are added in float32, and it is rounded once.
 __device__ inline void write_output(const LinearArgs& args, int64_t row, int64_t channel, float sum) {
   if (args.bias != nullptr) sum += args.bias[channel];
-  if (args.residual != nullptr)
-    sum += to_float(static_cast<const __nv_bfloat16*>(args.residual)[row * args.residual_stride + channel]);
+  if (args.residual != nullptr) sum += args.residual[row * args.residual_stride + channel];
   if (args.out_type == Type::kF32)
     static_cast<float*>(args.out)[row * args.out_stride + channel] = sum;
   else

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads < kRowBlock ? kRowBlock : kThreads) r
   const int64_t row = kShared ? int64_t{blockIdx.x} * (kRowBlock / kThreads) + threadIdx.x / kThreads : blockIdx.x;
   const bool exists = !kShared || row < args.rows;  // all threads take part in the sums
   const T* x = static_cast<const T*>(args.x) + (exists ? row : 0) * args.x_stride;
-  T* residual = args.residual == nullptr ? nullptr : static_cast<T*>(args.residual) + row * args.columns;
+  float* residual = args.residual == nullptr ? nullptr : args.residual + row * args.columns;
   const int columns = exists ? static_cast<int>(args.columns) : 0;
   float values[kRowVectors][kRowWidth];
   float squares = 0.0f;
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads < kRowBlock ? kRowBlock : kThreads) r
     const int column = (v * kThreads + in_row) * kRowWidth;
     if (column >= columns) break;
     load_vector<T, kWhole>(x, column, columns, values[v]);
-    if (residual != nullptr) add_to_residual<T, kWhole>(residual, column, columns, values[v]);
+    if (residual != nullptr) add_to_residual<kWhole>(residual, column, columns, values[v]);
     for (int i = 0; i < kRowWidth; ++i) squares += values[v][i] * values[v][i];
   }
   const float factor = rsqrtf(sum_of_row<kThreads>(squares) / static_cast<float>(args.columns) + args.eps);
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads < kRowBlock ? kRowBlock : kThreads) r
       largest = max(largest, magnitude(values[v][i]));
     }
   }
-  store_row<T, kThreads, kWhole>(args, exists ? row : -1, in_row, largest, values);
+  store_row<kThreads, kWhole>(args, exists ? row : -1, in_row, largest, values);
 }
 
 template <typename T, int kThreads>
@@ -46,9 +46,8 @@ cudaError_t launch_rows(const RmsNormArgs& args, cudaStream_t stream) {
   constexpr int kRows = kThreads < kRowBlock ? kRowBlock / kThreads : 1;
   const auto blocks = static_cast<unsigned>((args.rows + kRows - 1) / kRows);
   const bool whole = args.columns % kRowWidth == 0 && rows_are_aligned<T>(args.x, args.x_stride) &&
-                     rows_are_aligned<T>(args.residual, args.columns) &&
-                     (args.scales != nullptr ? rows_are_aligned<int8_t>(args.out, args.out_stride)
-                                             : rows_are_aligned<T>(args.out, args.out_stride));
+                     rows_are_aligned<float>(args.residual, args.columns) &&
+                     results_are_aligned(args.out, args.out_stride, args.scales != nullptr);
   const auto kernel = whole ? rms_norm_kernel<T, kThreads, true> : rms_norm_kernel<T, kThreads, false>;
   return launch(kernel, blocks, kRows * kThreads, 0, stream, args);
 }
@@ -70,7 +69,6 @@ LLMSERVE_CUDA_API int32_t llmserve_cuda_rms_norm(const llmserve::cuda::RmsNormAr
   const auto on = static_cast<cudaStream_t>(stream);
   switch (args->type) {
     case Type::kBF16: return launch_type<__nv_bfloat16>(*args, on);
-    case Type::kF16: return launch_type<__half>(*args, on);
     case Type::kF32: return launch_type<float>(*args, on);
     default: return cudaErrorInvalidValue;
   }

@@ -106,22 +106,18 @@ __device__ void store_int8(int8_t* row, int column, int columns, float scale, co
   }
 }
 
-// residual += x, and x becomes what the residual stream then holds: rounded.
-template <typename T, bool kWhole>
-__device__ void add_to_residual(T* residual, int column, int columns, float (&x)[kRowWidth]) {
+// residual += x, and x becomes what the residual stream then holds.
+template <bool kWhole>
+__device__ void add_to_residual(float* residual, int column, int columns, float (&x)[kRowWidth]) {
   float before[kRowWidth];
-  load_vector<T, kWhole>(residual, column, columns, before);
-  for (int i = 0; i < kRowWidth; ++i) {
-    T rounded;
-    from_float(x[i] + before[i], rounded);
-    x[i] = to_float(rounded);
-  }
-  store_vector<T, kWhole>(residual, column, columns, x);
+  load_vector<float, kWhole>(residual, column, columns, before);
+  for (int i = 0; i < kRowWidth; ++i) x[i] += before[i];
+  store_vector<float, kWhole>(residual, column, columns, x);
 }
 
-// Writes the row that its threads hold, in T or, where the arguments have scales, in int8. `largest` is this thread's
-// magnitude; row -1 is none. All threads of the block come.
-template <typename T, int kThreads, bool kWhole, typename Args, int kVectors>
+// Writes the row that its threads hold, in bfloat16 or, where the arguments have scales, in int8. `largest` is this
+// thread's magnitude; row -1 is none. All threads of the block come.
+template <int kThreads, bool kWhole, typename Args, int kVectors>
 __device__ void store_row(const Args& args, int64_t row, int in_row, uint32_t largest,
                           const float (&values)[kVectors][kRowWidth]) {
   const int columns = row < 0 ? 0 : static_cast<int>(args.columns);
@@ -136,7 +132,8 @@ __device__ void store_row(const Args& args, int64_t row, int in_row, uint32_t la
     if (args.scales != nullptr)
       store_int8<kWhole>(static_cast<int8_t*>(args.out) + row * args.out_stride, column, columns, scale, values[v]);
     else
-      store_vector<T, kWhole>(static_cast<T*>(args.out) + row * args.out_stride, column, columns, values[v]);
+      store_vector<__nv_bfloat16, kWhole>(static_cast<__nv_bfloat16*>(args.out) + row * args.out_stride, column,
+                                          columns, values[v]);
   });
 }
 
@@ -144,6 +141,11 @@ __device__ void store_row(const Args& args, int64_t row, int in_row, uint32_t la
 template <typename T>
 bool rows_are_aligned(const void* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % alignof(Vector<T, kRowWidth>) == 0 && stride % kRowWidth == 0;
+}
+
+// The same of a result: bfloat16, or int8 where there are scales.
+inline bool results_are_aligned(const void* out, int64_t stride, bool is_int8) {
+  return is_int8 ? rows_are_aligned<int8_t>(out, stride) : rows_are_aligned<__nv_bfloat16>(out, stride);
 }
 
 // Calls `go` with the threads that a row of `columns` takes, as a constant.

@@ -24,9 +24,20 @@ ROUNDING: Final = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-23}
 
 def rows_of(random: np.random.Generator, rows: int, columns: int, on: torch.device, gap: int = 8) -> Tensor:
     """bfloat16 rows of very different sizes, NaN between them."""
-    memory = torch.full((rows, columns + gap), float("nan"), dtype=torch.bfloat16, device=on)
+    return _rows(random, rows, columns, on, gap, torch.bfloat16)
+
+
+def stream_of(random: np.random.Generator, rows: int, columns: int, on: torch.device, gap: int = 5) -> Tensor:
+    """The same in float32: a residual stream."""
+    return _rows(random, rows, columns, on, gap, torch.float32)
+
+
+def _rows(
+    random: np.random.Generator, rows: int, columns: int, on: torch.device, gap: int, dtype: torch.dtype
+) -> Tensor:
+    memory = torch.full((rows, columns + gap), float("nan"), dtype=dtype, device=on)
     scale = 10.0 ** random.uniform(-2, 2, (rows, 1))
-    memory[:, :columns] = torch.from_numpy(random.standard_normal((rows, columns)) * scale).to(torch.bfloat16)
+    memory[:, :columns] = torch.from_numpy(random.standard_normal((rows, columns)) * scale).to(dtype)
     return memory[:, :columns]
 
 

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed in this envi
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch import dtype as Dtype
 
     from llmserve.ops.cuda.launchers import Launchers
 
@@ -23,12 +24,12 @@ KINDS: Final = get_args(ActKind)
 SHAPES: Final = ((1, 8), (5, 64), (3, 200), (2, 1000), (3, 4104), (1, 9000), (4, 7), (1, 1))
 
 
-def draw(rows: int, columns: int, launchers: Launchers, *, gap: int = 0) -> Tensor:
+def draw(rows: int, columns: int, launchers: Launchers, *, gap: int = 0, dtype: Dtype = torch.bfloat16) -> Tensor:
     """Rows of different sizes, with values where exponentials overflow and vanish."""
-    view, _ = guarded(rows, columns, torch.bfloat16, launchers.device, gap=gap)
+    view, _ = guarded(rows, columns, dtype, launchers.device, gap=gap)
     random = torch.Generator().manual_seed(fresh_seed())
     scale = 10.0 ** torch.empty(rows, 1).uniform_(-2, 1.5, generator=random)
-    view.copy_((torch.randn((rows, columns), generator=random) * scale).to(torch.bfloat16))
+    view.copy_((torch.randn((rows, columns), generator=random) * scale).to(dtype))
     if columns > 7:
         view[0, 0] = -200.0
     return view
@@ -55,9 +56,10 @@ def expected(x: Tensor, kind: ActKind, *, gated: bool) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("gap", [0, 8, 3])
-def test_agrees_with_float64(launchers: Launchers, kind: ActKind, gap: int, gated: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_agrees_with_float64(launchers: Launchers, kind: ActKind, gap: int, gated: bool, dtype: Dtype) -> None:
     for rows, columns in SHAPES:
-        x = draw(rows, columns * (2 if gated else 1), launchers, gap=gap)
+        x = draw(rows, columns * (2 if gated else 1), launchers, gap=gap, dtype=dtype)
         out, memory = guarded(rows, columns, torch.bfloat16, launchers.device, gap=gap)
         launchers.act(x, out, kind=kind)
         want, error = expected(x, kind, gated=gated)

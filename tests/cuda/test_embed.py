@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed in this envi
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch import dtype as Dtype
 
     from llmserve.ops.cuda.launchers import Launchers
 
@@ -48,10 +49,13 @@ class Drawn:
 @pytest.mark.parametrize("scale", [1.0, 37.94733])
 @pytest.mark.parametrize("has_positions", [True, False])
 @pytest.mark.parametrize("has_type", [True, False])
-def test_agrees_with_float64(launchers: Launchers, scale: float, has_positions: bool, has_type: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_agrees_with_float64(
+    launchers: Launchers, scale: float, has_positions: bool, has_type: bool, dtype: Dtype
+) -> None:
     for (rows, columns), gap in zip(SHAPES, (0, 8, 3, 0, 0, 1), strict=True):
         drawn = Drawn(rows, columns, launchers)
-        out, memory = guarded(rows, columns, torch.bfloat16, launchers.device, gap=gap)
+        out, memory = guarded(rows, columns, dtype, launchers.device, gap=gap)
         launchers.embed(
             drawn.ids,
             drawn.table,
@@ -65,9 +69,11 @@ def test_agrees_with_float64(launchers: Launchers, scale: float, has_positions: 
         parts += [drawn.position_table[drawn.positions.long()].double()] if has_positions else []
         parts += [drawn.type_row.double().expand(rows, columns)] if has_type else []
         want, lost = torch.stack(parts).sum(0), 2e-7 * torch.stack(parts).abs().sum(0)
-        assert ((out.double() - want).abs() <= SLACK * BF16 * want.abs() + lost).all(), (rows, columns)
+        assert (
+            (out.double() - want).abs() <= SLACK * (BF16 if dtype == torch.bfloat16 else 0) * want.abs() + lost
+        ).all(), (rows, columns)
         if scale == 1.0 and len(parts) == 1:
-            assert torch.equal(out, drawn.table[drawn.ids.long()])
+            assert torch.equal(out, drawn.table[drawn.ids.long()].to(dtype))
         assert is_untouched_around(out, memory)
 
 

@@ -43,7 +43,7 @@ def test_sums_are_exact(launchers: Launchers, shape: tuple[int, int, int]) -> No
     x = codes_of(random, rows, inputs, launchers.device)
     x_scales = torch.from_numpy(random.uniform(0, 1, rows).astype(np.float32)).to(launchers.device)
     bias = torch.from_numpy(random.standard_normal(outputs).astype(np.float32)).to(launchers.device)
-    residual = cases.rows_of(random, rows, outputs, launchers.device, gap=5)
+    residual = cases.stream_of(random, rows, outputs, launchers.device)
     dtype = (torch.bfloat16, torch.float32)[seed % 2]
     out, memory = cases.guarded(rows, outputs, dtype, launchers.device)
     workspace = cases.poisoned_workspace(launchers.device)

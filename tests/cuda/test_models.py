@@ -72,10 +72,10 @@ def test_sequences_of_one_step_do_not_mix(name: str, launchers: Launchers, tmp_p
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2_q4_0"])
-def test_deterministic_results_do_not_depend_on_the_batch(name: str, launchers: Launchers, tmp_path: Path) -> None:
-    executor, prompt = load(name, launchers, tmp_path, deterministic=True), tiny_golden(name).prompt
-    if launchers.device.type == "cpu" and "torch" in launchers.rms_norm.__module__:
-        pytest.skip("the products of torch depend on the number of rows")
+def test_deterministic_results_do_not_depend_on_the_batch(
+    name: str, kernel_launchers: Launchers, tmp_path: Path
+) -> None:
+    executor, prompt = load(name, kernel_launchers, tmp_path, deterministic=True), tiny_golden(name).prompt
     together, alone = _together_and_alone(executor, prompt)
     assert np.array_equal(together, alone)
     assert np.array_equal(logprobs(executor, prompt), logprobs(executor, prompt, (41,)))

@@ -61,7 +61,7 @@ def test_agrees_with_float64(launchers: Launchers, form: str, shape: tuple[int, 
     x = cases.rows_of(random, rows, inputs, launchers.device)
     dtype = (torch.bfloat16, torch.float32)[seed % 2]
     bias = torch.from_numpy(random.standard_normal(outputs).astype(np.float32)).to(launchers.device)
-    residual = cases.rows_of(random, rows, outputs, launchers.device, gap=5)
+    residual = cases.stream_of(random, rows, outputs, launchers.device)
     some_bias, some_residual = (bias, None, bias, None)[seed // 2 % 4], (residual, residual, None, None)[seed // 2 % 4]
     out, memory = cases.guarded(rows, outputs, dtype, launchers.device)
     workspace = cases.poisoned_workspace(launchers.device)
@@ -165,7 +165,7 @@ def test_the_residual_may_be_the_output(launchers: Launchers, rows: int) -> None
     random = np.random.default_rng(fresh_seed())
     weight = cases.quantized(cases.tame_tensor(random, "q4_0", 35, 128), launchers.device)
     x = cases.rows_of(random, rows, 128, launchers.device)
-    residual = cases.rows_of(random, rows, 35, launchers.device)
+    residual = cases.stream_of(random, rows, 35, launchers.device)
     workspace = cases.poisoned_workspace(launchers.device)
     apart = torch.empty_like(residual)
     launchers.quantized_linear(x, weight, apart, workspace=workspace, residual=residual)
@@ -208,7 +208,7 @@ def test_an_argument_that_does_not_fit_is_named(launchers: Launchers, wrong: str
     workspace = make_workspace(16, on)
     memory = torch.zeros((3, 132), dtype=torch.bfloat16, device=on)
     tensors = {"x": memory[:, :128].contiguous(), "out": torch.zeros((3, 35), dtype=torch.bfloat16, device=on)}
-    extra = {"bias": torch.zeros(35, device=on), "residual": tensors["out"].clone()}
+    extra = {"bias": torch.zeros(35, device=on), "residual": tensors["out"].float()}
     match wrong:
         case "x":
             tensors["x"] = memory[:, :128]  # rows 264 bytes apart
@@ -217,7 +217,7 @@ def test_an_argument_that_does_not_fit_is_named(launchers: Launchers, wrong: str
         case "bias":
             extra["bias"] = extra["bias"][:5]
         case "residual":
-            extra["residual"] = extra["residual"].float()
+            extra["residual"] = extra["residual"].bfloat16()
         case "weight":
             weight = replace(weight, group=48)
         case "workspace":

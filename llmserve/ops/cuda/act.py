@@ -8,7 +8,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from llmserve.ops.cuda.library import CudaLibrary, check, check_device, check_quantized, pointer
+from llmserve.ops.cuda.library import TYPES, CudaLibrary, check, check_device, check_quantized, pointer
 from llmserve.ops.protocol import ActKind
 
 _KINDS: Final[dict[ActKind, int]] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
@@ -20,8 +20,8 @@ class Act(Protocol):
     def __call__(self, x: Tensor, out: Tensor, *, kind: ActKind, scales: Tensor | None = None) -> None:
         """`out = kind(gate) * up` by rows, or `kind(x)`.
 
-        out is [T, F]. x is bfloat16 with dense rows: [T, 2 F], gate | up, or [T, F] where nothing gates. Arithmetic is
-        float32. out is bfloat16, or with `scales` (float32 [T]) int8 as in `RmsNorm`.
+        out is [T, F]. x is bfloat16 or float32 with dense rows: [T, 2 F], gate | up, or [T, F] where nothing gates.
+        Arithmetic is float32. out is bfloat16, or with `scales` (float32 [T]) int8 as in `RmsNorm`.
         """
 
 
@@ -36,6 +36,7 @@ class _Args(ctypes.Structure):
         ("out_stride", ctypes.c_int64),
         ("kind", ctypes.c_int32),
         ("gated", ctypes.c_int32),
+        ("type", ctypes.c_int32),
     )
 
 
@@ -54,6 +55,7 @@ def launcher(library: CudaLibrary) -> Act:
             out_stride=out.stride(0),
             kind=_KINDS[kind],
             gated=int(is_gated(x, out)),
+            type=TYPES[x.dtype],
         )
         library.call("act", arguments)
 
@@ -72,5 +74,10 @@ def check_arguments(x: Tensor, out: Tensor, kind: ActKind, scales: Tensor | None
     if out.ndim != 2 or x.ndim != 2:
         raise ValueError("out: it and x have rows and columns")
     check_quantized(out, scales, dtype=torch.bfloat16, shape=(x.shape[0], out.shape[1]))
-    check("x", x, dtypes=(torch.bfloat16,), shape=(x.shape[0], out.shape[1] * (2 if is_gated(x, out) else 1)))
+    check(
+        "x",
+        x,
+        dtypes=(torch.bfloat16, torch.float32),
+        shape=(x.shape[0], out.shape[1] * (2 if is_gated(x, out) else 1)),
+    )
     check_device(x=x, out=out, scales=scales)

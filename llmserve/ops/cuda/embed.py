@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmserve.ops.cuda.library import CudaLibrary, check, check_dense, check_device, pointer
+from llmserve.ops.cuda.library import TYPES, CudaLibrary, check, check_dense, check_device, pointer
 
 
 class Embed(Protocol):
@@ -28,7 +28,8 @@ class Embed(Protocol):
         """`out = table[ids] * scale + position_table[positions] + type_row`, summed in float32 and rounded once.
 
         ids and positions are int32 [T], each a row of its table: nothing checks that on a GPU. Tables are dense
-        bfloat16 [rows, hidden], type_row is [hidden], out is bfloat16 [T, hidden] with dense rows.
+        bfloat16 [rows, hidden], type_row is [hidden], out is bfloat16 or float32 [T, hidden] with
+        dense rows.
         """
 
 
@@ -44,6 +45,7 @@ class _Args(ctypes.Structure):
         ("columns", ctypes.c_int64),
         ("out_stride", ctypes.c_int64),
         ("scale", ctypes.c_float),
+        ("type", ctypes.c_int32),
     )
 
 
@@ -72,6 +74,7 @@ def launcher(library: CudaLibrary) -> Embed:
             columns=out.shape[1],
             out_stride=out.stride(0),
             scale=scale,
+            type=TYPES[out.dtype],
         )
         library.call("embed", arguments)
 
@@ -90,7 +93,7 @@ def check_arguments(
     bf16, rows, hidden = (torch.bfloat16,), ids.shape[0], table.shape[-1]
     check_dense("ids", ids, dtypes=(torch.int32,), shape=(rows,))
     check_dense("table", table, dtypes=bf16, shape=(table.shape[0], hidden))
-    check("out", out, dtypes=bf16, shape=(rows, hidden))
+    check("out", out, dtypes=(torch.bfloat16, torch.float32), shape=(rows, hidden))
     if (positions is None) != (position_table is None):
         raise ValueError("positions: they and their table come together")
     if positions is not None and position_table is not None:

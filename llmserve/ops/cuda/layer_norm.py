@@ -37,8 +37,8 @@ class LayerNorm(Protocol):
     ) -> None:
         """`out = (x - mean) / sqrt(variance + eps) * weight + bias` by rows.
 
-        x and out are [rows, columns] with dense rows, in bfloat16 or float32; weight and bias are float32. `residual`
-        and `scales` are those of `RmsNorm`.
+        x is bfloat16 or float32 [rows, columns], out bfloat16, both with dense rows; weight and bias are float32.
+        `residual` and `scales` are those of `RmsNorm`.
         """
 
 
@@ -98,9 +98,9 @@ def check_arguments(
     """Raises `ValueError` naming the argument that the kernel could not take."""
     check("x", x, dtypes=_DTYPES, shape=x.shape[:1] + weight.shape)
     check("weight", weight, dtypes=(torch.float32,), shape=weight.shape[:1])
-    check_quantized(out, scales, dtype=x.dtype, shape=tuple(x.shape))
+    check_quantized(out, scales, dtype=torch.bfloat16, shape=tuple(x.shape))
     if bias is not None:
         check("bias", bias, dtypes=(torch.float32,), shape=tuple(weight.shape))
     if residual is not None:
-        check_dense("residual", residual, dtypes=(x.dtype,), shape=tuple(x.shape))
+        check_dense("residual", residual, dtypes=(torch.float32,), shape=tuple(x.shape))
     check_device(x=x, weight=weight, bias=bias, out=out, residual=residual, scales=scales)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmserve.errors import EngineFault, ExtensionNotBuilt, InvalidRequest
 
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 LIBRARY: Final = Path(__file__).resolve().parents[2] / "libllmserve_cuda.so"
 TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
 """`Type` of csrc/cuda/abi.h."""

@@ -117,7 +117,7 @@ def check_linear(
     if bias is not None:
         check_dense("bias", bias, dtypes=(torch.float32,), shape=(outputs,))
     if residual is not None:
-        check("residual", residual, dtypes=(torch.bfloat16,), shape=(rows, outputs))
+        check("residual", residual, dtypes=(torch.float32,), shape=(rows, outputs))
     check_dense("workspace", workspace.sums, dtypes=(torch.uint8,), shape=tuple(workspace.sums.shape[:1]))
     check_dense("workspace", workspace.counters, dtypes=(torch.int32,), shape=tuple(workspace.counters.shape[:1]))
     check_device(x=x, out=out, bias=bias, residual=residual, workspace=workspace.sums, counters=workspace.counters)

@@ -21,8 +21,8 @@ def moe_layer(router: RouterSpec, experts: ExpertsSpec, weights: DeviceWeights) 
     device_router = Router(router, weights.vector(router.weight), bias)
     device_experts = _experts(experts, weights)
 
-    def layer(x: Tensor, residual: Tensor | None) -> Tensor:
-        return moe(x, device_router, device_experts, residual=residual)
+    def layer(x: Tensor) -> Tensor:
+        return moe(x, device_router, device_experts)
 
     return layer
 

@@ -1,5 +1,7 @@
 """What a lowered network is made of: nodes that run one after the other on device tensors.
 
+The residual stream is float32, what projections read bfloat16 or int8.
+
 Invariants: a node's output is a new tensor or, where it says so, its residual; nothing in a node waits for the device,
 so a whole run can be captured into a CUDA graph.
 """
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from llmserve.ops.cuda.attention import Attention
 from llmserve.ops.cuda.kv_append import Rotation
-from llmserve.ops.cuda.projections import Projection, QuantizedRows, Rows
+from llmserve.ops.cuda.projections import Projection, QuantizedRows, Rows, operand
 from llmserve.ops.cuda.step import DeviceStep
 from llmserve.ops.cuda.weights import DTYPE
 from llmserve.ops.protocol import ActKind, NormKind
@@ -30,8 +32,8 @@ def plain(x: Rows) -> Tensor:
 class MoeLayer(Protocol):
     """Routed experts on the device."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """bfloat16 [num_tokens, hidden] of the same, plus the residual."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """bfloat16 [num_tokens, hidden] of the same."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -55,7 +57,7 @@ class EmbedNode(Node):
     type_row: Tensor | None
 
     def run(self, step: DeviceStep, *x: Rows) -> Rows:
-        out = torch.empty((step.num_tokens, self.table.shape[1]), dtype=DTYPE, device=self.table.device)
+        out = torch.empty((step.num_tokens, self.table.shape[1]), device=self.table.device)
         step.launchers.embed(
             step.token_ids,
             self.table,
@@ -70,6 +72,8 @@ class EmbedNode(Node):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class NormNode(Node):
+    """Inputs: x; or the residual stream and x, which is added to it, in place, before that is normalized."""
+
     kind: NormKind
     weight: Tensor
     bias: Tensor | None
@@ -79,31 +83,50 @@ class NormNode(Node):
     """Its rows go to int8 projections only."""
 
     def run(self, step: DeviceStep, *x: Rows) -> Rows:
-        rows = plain(x[0]).reshape(-1, self.weight.shape[0])
-        launchers = step.launchers
+        stream, added = (plain(x[0]), plain(x[1])) if len(x) > 1 else (None, plain(x[0]))
+        rows = added.reshape(-1, self.weight.shape[0])
         if self.quantizes:
             out = QuantizedRows.of_shape(rows.shape, rows.device)
-            launchers.rms_norm(rows, self.weight, out.values, eps=self.eps, scales=out.scales)
+            self._normalize(step, rows, stream, out.values, out.scales)
             return out
         y = torch.empty(rows.shape, dtype=DTYPE, device=rows.device)
+        self._normalize(step, rows, stream, y, None)
+        return y.reshape(added.shape)
+
+    def _normalize(
+        self, step: DeviceStep, rows: Tensor, stream: Tensor | None, out: Tensor, scales: Tensor | None
+    ) -> None:
+        launchers = step.launchers
         if self.kind == "rms":
-            launchers.rms_norm(rows, self.weight, y, eps=self.eps)
+            launchers.rms_norm(rows, self.weight, out, eps=self.eps, residual=stream, scales=scales)
         else:
-            launchers.layer_norm(rows, self.weight, y, eps=self.eps, bias=self.bias)
-        return y.reshape(plain(x[0]).shape)
+            launchers.layer_norm(rows, self.weight, out, eps=self.eps, bias=self.bias, residual=stream, scales=scales)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class LinearNode(Node):
-    """Inputs: x, then the residual if there is one."""
+    """Inputs: x, then the residual stream, float32, if there is one."""
 
     projection: Projection
     may_overwrite: bool = False
-    """Nobody else reads the residual."""
+    """Nobody else reads the residual stream as it was."""
 
     def run(self, step: DeviceStep, *x: Rows) -> Rows:
-        residual = plain(x[1]) if len(x) > 1 else None
-        return self.projection(step.launchers, x[0], residual=residual, may_overwrite=self.may_overwrite)
+        if len(x) == 1:
+            return self.projection(step.launchers, x[0])
+        stream = plain(x[1])
+        if not self.may_overwrite or stream.dtype != torch.float32:
+            stream = stream.to(torch.float32, copy=True)
+        self.projection.add_to(step.launchers, x[0], stream)
+        return stream
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SameNode(Node):
+    """What its input is by now: a residual stream that was added to."""
+
+    def run(self, step: DeviceStep, *x: Rows) -> Rows:
+        return x[0]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -115,7 +138,7 @@ class GatedNode(Node):
     quantizes: bool = False
 
     def run(self, step: DeviceStep, *x: Rows) -> Rows:
-        both = self.projection(step.launchers, x[0])
+        both = self.projection.floats(step.launchers, x[0])
         return _act(step, both, self.kind, both.shape[1] // 2, quantizes=self.quantizes)
 
 
@@ -203,7 +226,8 @@ class MoeNode(Node):
     layer: MoeLayer
 
     def run(self, step: DeviceStep, *x: Rows) -> Rows:
-        return self.layer(plain(x[0]), plain(x[1]) if len(x) > 1 else None)
+        y = self.layer(operand(x[0]))
+        return y if len(x) == 1 else plain(x[1]) + y
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -223,7 +247,7 @@ class LogitsNode(Node):
     scale: float
 
     def run(self, step: DeviceStep, *x: Rows) -> Rows:
-        y = self.head.logits(step.launchers, x[0])
+        y = self.head.floats(step.launchers, x[0])
         y = y if self.scale == 1.0 else y * self.scale
         return self.softcap * torch.tanh(y / self.softcap) if self.softcap else y
 

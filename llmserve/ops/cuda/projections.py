@@ -50,20 +50,14 @@ Rows: TypeAlias = Tensor | QuantizedRows
 class Projection(Protocol):
     """`x @ weight.T + bias`."""
 
-    def __call__(
-        self, launchers: Launchers, x: Rows, *, residual: Tensor | None = None, may_overwrite: bool = False
-    ) -> Tensor:
-        """bfloat16 [rows, outputs], plus the residual, whose memory may be taken where `may_overwrite`."""
+    def __call__(self, launchers: Launchers, x: Rows) -> Tensor:
+        """bfloat16 [rows, outputs]."""
 
-    def logits(self, launchers: Launchers, x: Rows) -> Tensor:
-        """The same in float32."""
+    def floats(self, launchers: Launchers, x: Rows) -> Tensor:
+        """float32 [rows, outputs]."""
 
-
-def _out(x: Tensor, outputs: int, residual: Tensor | None, *, may_overwrite: bool) -> Tensor:
-    """Where a kernel writes that may write over its residual."""
-    if residual is not None and may_overwrite:
-        return residual
-    return torch.empty((len(x), outputs), dtype=DTYPE, device=x.device)
+    def add_to(self, launchers: Launchers, x: Rows, stream: Tensor) -> None:
+        """Adds to the residual stream, float32 [rows, outputs], in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,121 +65,117 @@ class DenseProjection:
     """bfloat16 weights, multiplied by cuBLAS through torch."""
 
     weight: Tensor  # [outputs, inputs]
-    bias: Tensor | None  # bfloat16
+    bias: Tensor | None  # float32
 
-    def __call__(
-        self, launchers: Launchers, x: Rows, *, residual: Tensor | None = None, may_overwrite: bool = False
-    ) -> Tensor:
-        assert isinstance(x, Tensor)
-        if residual is None:
-            return F.linear(x, self.weight, self.bias)
-        if self.bias is not None:
-            return F.linear(x, self.weight, self.bias) + residual
-        return residual.addmm_(x, self.weight.T) if may_overwrite else torch.addmm(residual, x, self.weight.T)
+    def __call__(self, launchers: Launchers, x: Rows) -> Tensor:
+        return F.linear(operand(x), self.weight, None if self.bias is None else self.bias.to(DTYPE))
 
-    def logits(self, launchers: Launchers, x: Rows) -> Tensor:
-        assert isinstance(x, Tensor)
-        # Rounded to bfloat16 logits would be an eighth apart where they matter.
+    def floats(self, launchers: Launchers, x: Rows) -> Tensor:
+        x = operand(x)
         if x.is_cuda:
-            return torch.mm(x, self.weight.T, out_dtype=torch.float32)
-        return F.linear(x.float(), self.weight.float())
+            y = torch.mm(x, self.weight.T, out_dtype=torch.float32)
+        else:
+            y = F.linear(x.float(), self.weight.float())
+        return y if self.bias is None else y + self.bias
+
+    def add_to(self, launchers: Launchers, x: Rows, stream: Tensor) -> None:
+        stream += self(launchers, x)
 
 
 @dataclass(frozen=True, slots=True)
-class FixedProjection:
-    """bfloat16 weights, multiplied by our own kernel: a row's result does not depend on the others."""
+class KernelProjection:
+    """Weights that only our own kernels multiply. They add a bias and the residual stream before they round."""
 
-    weight: Tensor
+    outputs: int
     bias: Tensor | None  # float32
     workspace: Workspace
 
-    def __call__(
-        self, launchers: Launchers, x: Rows, *, residual: Tensor | None = None, may_overwrite: bool = False
-    ) -> Tensor:
-        assert isinstance(x, Tensor)
-        out = _out(x, len(self.weight), residual, may_overwrite=may_overwrite)
-        launchers.fixed_linear(x, self.weight, out, workspace=self.workspace, bias=self.bias, residual=residual)
+    def __call__(self, launchers: Launchers, x: Rows) -> Tensor:
+        return self._new(launchers, x, DTYPE)
+
+    def floats(self, launchers: Launchers, x: Rows) -> Tensor:
+        return self._new(launchers, x, torch.float32)
+
+    def add_to(self, launchers: Launchers, x: Rows, stream: Tensor) -> None:
+        self._multiply(launchers, x, stream, residual=stream)
+
+    def _new(self, launchers: Launchers, x: Rows, dtype: torch.dtype) -> Tensor:
+        values = x.values if isinstance(x, QuantizedRows) else x
+        out = torch.empty((len(values), self.outputs), dtype=dtype, device=values.device)
+        self._multiply(launchers, x, out, residual=None)
         return out
 
-    def logits(self, launchers: Launchers, x: Rows) -> Tensor:
-        assert isinstance(x, Tensor)
-        out = torch.empty((len(x), len(self.weight)), device=x.device)
-        launchers.fixed_linear(x, self.weight, out, workspace=self.workspace)
-        return out
+    def _multiply(self, launchers: Launchers, x: Rows, out: Tensor, *, residual: Tensor | None) -> None:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedProjection:
+class FixedProjection(KernelProjection):
+    """bfloat16 weights: a row's result does not depend on the others."""
+
+    weight: Tensor
+
+    def _multiply(self, launchers: Launchers, x: Rows, out: Tensor, *, residual: Tensor | None) -> None:
+        launchers.fixed_linear(
+            operand(x), self.weight, out, workspace=self.workspace, bias=self.bias, residual=residual
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedProjection(KernelProjection):
     """Packed weights of 4 or 8 bits."""
 
     weight: QuantizedWeight
-    bias: Tensor | None  # float32
-    workspace: Workspace
     deterministic: bool
 
-    def __call__(
-        self, launchers: Launchers, x: Rows, *, residual: Tensor | None = None, may_overwrite: bool = False
-    ) -> Tensor:
-        x = self._ordered(launchers, x)
-        if len(x) > MOST_TILED_ROWS and not self.deterministic:
-            return self._dequantized(launchers)(launchers, x, residual=residual, may_overwrite=may_overwrite)
-        out = _out(x, self.weight.outputs, residual, may_overwrite=may_overwrite)
-        launchers.quantized_linear(x, self.weight, out, workspace=self.workspace, bias=self.bias, residual=residual)
-        return out
+    def _multiply(self, launchers: Launchers, x: Rows, out: Tensor, *, residual: Tensor | None) -> None:
+        rows = self._ordered(launchers, operand(x))
+        if len(rows) <= MOST_TILED_ROWS or self.deterministic:
+            launchers.quantized_linear(
+                rows, self.weight, out, workspace=self.workspace, bias=self.bias, residual=residual
+            )
+            return
+        matrix = torch.empty((self.weight.outputs, self.weight.inputs), dtype=DTYPE, device=rows.device)
+        launchers.dequantize(self.weight, matrix)
+        dense = DenseProjection(matrix, self.bias)
+        if residual is not None:
+            dense.add_to(launchers, rows, residual)
+        else:
+            out.copy_(dense.floats(launchers, rows) if out.dtype == torch.float32 else dense(launchers, rows))
 
-    def logits(self, launchers: Launchers, x: Rows) -> Tensor:
-        x = self._ordered(launchers, x)
-        if len(x) > MOST_TILED_ROWS and not self.deterministic:
-            return self._dequantized(launchers).logits(launchers, x)
-        out = torch.empty((len(x), self.weight.outputs), device=x.device)
-        launchers.quantized_linear(x, self.weight, out, workspace=self.workspace)
-        return out
-
-    def _ordered(self, launchers: Launchers, x: Rows) -> Tensor:
-        assert isinstance(x, Tensor)
+    def _ordered(self, launchers: Launchers, x: Tensor) -> Tensor:
         if self.weight.order is None:
             return x
         ordered = torch.empty_like(x, memory_format=torch.contiguous_format)
         launchers.gather_columns(x, self.weight.order, ordered)
         return ordered
 
-    def _dequantized(self, launchers: Launchers) -> DenseProjection:
-        """For one call: what cuBLAS multiplies."""
-        dense = torch.empty((self.weight.outputs, self.weight.inputs), dtype=DTYPE, device=self.weight.codes.device)
-        launchers.dequantize(self.weight, dense)
-        return DenseProjection(dense, None if self.bias is None else self.bias.to(DTYPE))
-
 
 @dataclass(frozen=True, slots=True)
-class Int8Projection:
+class Int8Projection(KernelProjection):
     """int8 weights with a scale per output channel; activations become int8 with a scale per row."""
 
     weight: QuantizedWeight
-    bias: Tensor | None  # float32
-    workspace: Workspace
 
-    def __call__(
-        self, launchers: Launchers, x: Rows, *, residual: Tensor | None = None, may_overwrite: bool = False
-    ) -> Tensor:
+    def _multiply(self, launchers: Launchers, x: Rows, out: Tensor, *, residual: Tensor | None) -> None:
         rows = self._quantized(launchers, x)
-        out = _out(rows.values, self.weight.outputs, residual, may_overwrite=may_overwrite)
         launchers.int8_linear(
             rows.values, rows.scales, self.weight, out, workspace=self.workspace, bias=self.bias, residual=residual
         )
-        return out
-
-    def logits(self, launchers: Launchers, x: Rows) -> Tensor:
-        rows = self._quantized(launchers, x)
-        out = torch.empty((len(rows.values), self.weight.outputs), device=rows.values.device)
-        launchers.int8_linear(rows.values, rows.scales, self.weight, out, workspace=self.workspace)
-        return out
 
     def _quantized(self, launchers: Launchers, x: Rows) -> QuantizedRows:
         if isinstance(x, QuantizedRows):
             return x
-        rows = QuantizedRows.of_shape(x.shape, x.device)
-        launchers.quantize_rows(x, rows.values, rows.scales)
+        values = operand(x)
+        rows = QuantizedRows.of_shape(values.shape, values.device)
+        launchers.quantize_rows(values, rows.values, rows.scales)
         return rows
+
+
+def operand(x: Rows) -> Tensor:
+    """What bfloat16 weights meet: the residual stream itself is rounded first."""
+    assert isinstance(x, Tensor), "lowering quantizes only what int8 projections read"
+    return x if x.dtype == DTYPE else x.to(DTYPE)
 
 
 class ProjectionLoader:
@@ -213,13 +203,13 @@ class ProjectionLoader:
         bias = self._bias(weights, biases)
         packed = self._packed(weights)
         if packed is not None and self.is_int8(weights[0]):
-            return Int8Projection(packed, bias, self._workspace)
+            return Int8Projection(packed.outputs, bias, self._workspace, packed)
         if packed is not None:
-            return QuantizedProjection(packed, bias, self._workspace, self._deterministic)
+            return QuantizedProjection(packed.outputs, bias, self._workspace, packed, self._deterministic)
         dense = self._weights.rows(weights)
         if self._deterministic:
-            return FixedProjection(dense, bias, self._workspace)
-        return DenseProjection(dense, None if bias is None else bias.to(DTYPE))
+            return FixedProjection(len(dense), bias, self._workspace, dense)
+        return DenseProjection(dense, bias)
 
     def _bias(self, weights: Sequence[CheckpointTensor], biases: Sequence[CheckpointTensor | None]) -> Tensor | None:
         """float32, zeros where only others have one."""

@@ -63,7 +63,7 @@ class QuantizedLinear(Protocol):
         """`out = x W^T + bias + residual`, all sums in float32, rounded once.
 
         x is bfloat16 [rows, inputs] in the weight's order of columns, rows at multiples of 16 bytes; out is bfloat16 or
-        float32 [rows, outputs], bias float32 [outputs], residual bfloat16 like out (it may be out). Rows of x and
+        float32 [rows, outputs], bias float32 [outputs], residual float32 like out (it may be out). Rows of x and
         outputs may lie apart. The weights are exact, and a row's outputs have the same bits in every batch.
         """
 

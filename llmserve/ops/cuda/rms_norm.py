@@ -18,7 +18,7 @@ from llmserve.ops.cuda.library import (
     pointer,
 )
 
-_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES: Final = (torch.bfloat16, torch.float32)
 
 
 class RmsNorm(Protocol):
@@ -36,8 +36,8 @@ class RmsNorm(Protocol):
     ) -> None:
         """`out = x / rms(x) * weight` by rows.
 
-        x and out are [rows, columns] with dense rows, in one of bfloat16, float16 and float32; weight is float32. With
-        `residual` (dense, like x) it becomes `residual + x` first, and that is what is normalized.
+        x is bfloat16 or float32 [rows, columns], out bfloat16, both with dense rows; weight is float32. With
+        `residual` (float32, dense, of x's shape) it becomes `residual + x` first, and that is what is normalized.
 
         With `scales`, float32 [rows], out is int8: scale = the largest magnitude of the row / 127, and the values over
         the scale, rounded half to even from float32; a row of zeros has scale 0, and one that holds a NaN or an
@@ -98,7 +98,7 @@ def check_arguments(
     """Raises `ValueError` naming the argument that the kernel could not take."""
     check("x", x, dtypes=_DTYPES, shape=x.shape[:1] + weight.shape)
     check("weight", weight, dtypes=(torch.float32,), shape=weight.shape[:1])
-    check_quantized(out, scales, dtype=x.dtype, shape=tuple(x.shape))
+    check_quantized(out, scales, dtype=torch.bfloat16, shape=tuple(x.shape))
     if residual is not None:
-        check_dense("residual", residual, dtypes=(x.dtype,), shape=tuple(x.shape))
+        check_dense("residual", residual, dtypes=(torch.float32,), shape=tuple(x.shape))
     check_device(x=x, weight=weight, out=out, residual=residual, scales=scales)

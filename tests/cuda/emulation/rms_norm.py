@@ -27,5 +27,5 @@ def add_residual(x: Tensor, residual: Tensor | None) -> Tensor:
     """What is normalized; the residual stream becomes it."""
     if residual is None:
         return x
-    residual.copy_((x.float() + residual.float()).to(x.dtype))
+    residual += x.float()
     return residual
