@@ -1,6 +1,7 @@
 """Types of the compiled extension; csrc/bindings is the source."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +26,16 @@ class BlockPool:
     `num_free` counts blocks that can be handed out: unused ones, and cached ones that no sequence holds (the one
     touched longest ago goes first, and only when no unused block is left). Unknown handles, tables that do not fit a
     call and negative counts raise `ValueError` and change nothing.
+
+    With host blocks, the content of a cached block that is handed out moves to the host (the one used longest ago makes
+    room), is found there like any other, and is brought back into a new block by the admission that finds it.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, hash_key: int = 0) -> None:
-        """`hash_key` (128 bits, secret, per deployment) keys the prefix hashes: without it, collisions can be made."""
+    def __init__(self, num_blocks: int, block_size: int, hash_key: int = 0, num_host_blocks: int = 0) -> None:
+        """`hash_key` (128 bits, secret, per deployment) keys the prefix hashes: without it, collisions can be made.
+
+        An executor of a pool with host blocks executes the transfers of every step.
+        """
     def create(self) -> int:
         """Handle of a new, empty table."""
     def reserve(self, handles: Sequence[int], num_tokens: Sequence[int]) -> int:
@@ -67,6 +74,13 @@ class BlockPool:
         """Like `release`, and nobody matches the blocks of the table any more: what they hold is wrong."""
     def reset_cache(self) -> None:
         """Nothing computed so far can be matched any more, nor what present tables compute from now on."""
+    def take_transfers(self) -> list[tuple[Literal["to_host", "to_device"], int, int]]:
+        """Moves of whole blocks between the device and the host, as (kind, source, target).
+
+        For executors: `launch` takes them and executes them in this order, after all that steps before have written and
+        before it zeroes `take_new_blocks`, does `take_copies` and writes. A target of an earlier one may be the source
+        or target of a later one.
+        """
     def take_copies(self) -> list[tuple[int, int]]:
         """Queued (source, destination) block copies; sources are never destinations.
 
@@ -91,6 +105,11 @@ class BlockPool:
     @property
     def num_cached(self) -> int:
         """Blocks that can be matched, held or not."""
+    @property
+    def num_host_blocks(self) -> int: ...
+    @property
+    def num_host_cached(self) -> int:
+        """Host blocks that can be matched; the device may have the same content."""
     @property
     def block_size(self) -> int: ...
 

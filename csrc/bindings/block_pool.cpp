@@ -88,6 +88,14 @@ std::vector<std::pair<int32_t, int32_t>> take_copies(BlockPool& pool) {
   return pairs;
 }
 
+std::vector<std::tuple<const char*, int32_t, int32_t>> take_transfers(BlockPool& pool) {
+  std::vector<std::tuple<const char*, int32_t, int32_t>> transfers;
+  for (const Transfer& transfer : pool.take_transfers())
+    transfers.emplace_back(transfer.kind == TransferKind::kToHost ? "to_host" : "to_device", transfer.source,
+                           transfer.target);
+  return transfers;
+}
+
 // Brings the first rows of `tables`, one for each handle, up to date, and returns the flat indices of what changed.
 // What lies behind a row's own blocks stays as it is.
 Array<int64_t> sync_tables(const BlockPool& pool, const std::vector<int64_t>& handles, py::array tables) {
@@ -135,10 +143,10 @@ void bind_sequences(py::class_<BlockPool, std::shared_ptr<BlockPool>>& pool) {
 void bind_block_pool(py::module_& module) {
   py::class_<BlockPool, std::shared_ptr<BlockPool>> pool(module, "BlockPool",
                                                          "Block tables of the paged KV cache and its prefix cache.");
-  pool.def(py::init([](int32_t num_blocks, int32_t block_size, const py::int_& hash_key) {
-             return std::make_shared<BlockPool>(num_blocks, block_size, parse_key(hash_key));
+  pool.def(py::init([](int32_t num_blocks, int32_t block_size, const py::int_& hash_key, int32_t num_host_blocks) {
+             return std::make_shared<BlockPool>(num_blocks, block_size, parse_key(hash_key), num_host_blocks);
            }),
-           py::arg("num_blocks"), py::arg("block_size"), py::arg("hash_key") = 0);
+           py::arg("num_blocks"), py::arg("block_size"), py::arg("hash_key") = 0, py::arg("num_host_blocks") = 0);
   bind_sequences(pool);
   pool.def(
           "match",
@@ -147,12 +155,15 @@ void bind_block_pool(py::module_& module) {
           },
           py::arg("token_ids"), py::arg("salt"))
       .def("reset_cache", &BlockPool::reset_cache)
+      .def("take_transfers", &take_transfers)
       .def("take_copies", &take_copies)
       .def("take_new_blocks", &BlockPool::take_new_blocks)
       .def("check_integrity", &BlockPool::check_integrity)
       .def_property_readonly("num_blocks", &BlockPool::num_blocks)
       .def_property_readonly("num_free", &BlockPool::num_free)
       .def_property_readonly("num_cached", &BlockPool::num_cached)
+      .def_property_readonly("num_host_blocks", &BlockPool::num_host_blocks)
+      .def_property_readonly("num_host_cached", &BlockPool::num_host_cached)
       .def_property_readonly("block_size", &BlockPool::block_size);
 }
 

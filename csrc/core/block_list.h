@@ -27,6 +27,14 @@ class BlockList {
     at(end_).previous = block;
     ++size_;
   }
+  // Makes it the oldest.
+  void prepend(int32_t block) {
+    const int32_t oldest = first();
+    at(block) = {end_, oldest};
+    at(oldest).previous = block;
+    at(end_).next = block;
+    ++size_;
+  }
   void remove(int32_t block) {
     const Link link = at(block);
     at(link.previous).next = link.next;

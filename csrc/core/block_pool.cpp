@@ -17,8 +17,8 @@ void TokenSpan::read(int64_t first, std::span<int32_t> out) const {
   std::copy_n(ids_.begin() + first, out.size(), out.begin());
 }
 
-BlockPool::BlockPool(int32_t num_blocks, int32_t block_size, const Hash128& hash_key)
-    : block_size_(block_size), hash_key_(hash_key), evictable_(std::max(num_blocks, 0)) {
+BlockPool::BlockPool(int32_t num_blocks, int32_t block_size, const Hash128& hash_key, int32_t num_host_blocks)
+    : block_size_(block_size), hash_key_(hash_key), evictable_(std::max(num_blocks, 0)), host_(num_host_blocks) {
   if (num_blocks <= 0) throw std::invalid_argument("num_blocks: must be positive");
   if (block_size <= 0) throw std::invalid_argument("block_size: must be positive");
   blocks_.resize(static_cast<size_t>(num_blocks));
@@ -62,18 +62,35 @@ void BlockPool::check_admissions(const std::vector<Admission>& admissions) const
 
 bool BlockPool::admit_one(const Admission& admission) {
   Prefix prefix = admission.reads_cache ? find_prefix(*admission.tokens, admission.salt) : Prefix{};
-  const int64_t needed = blocks_for(admission.num_tokens);
+  const int64_t needed = blocks_for(admission.num_tokens), num_matched = std::ssize(prefix.blocks);
   // Matched blocks that nobody holds stop being free: they cannot be handed out for the rest.
-  const auto matched_free = std::count_if(prefix.blocks.begin(), prefix.blocks.end(),
-                                          [this](int32_t block) { return evictable_.contains(block); });
-  if (needed - static_cast<int64_t>(prefix.blocks.size()) > num_free() - matched_free) return false;
-  for (const int32_t block : prefix.blocks) hold(block);
+  const auto matched_free =
+      std::count_if(prefix.blocks.begin(), prefix.blocks.end(), [this](int32_t block) { return is_evictable(block); });
+  const int64_t num_new = std::max(needed, num_matched) - (num_matched - std::ssize(prefix.host_hits));
+  if (num_new > num_free() - matched_free) return false;
+  for (const int32_t block : prefix.blocks)
+    if (block != kOnHost) hold(block);
+  bring_back(prefix);
   Table& table = find(admission.handle);
   table.salt = admission.salt;
   table.hashes = std::move(prefix.hashes);
   table.blocks = std::move(prefix.blocks);
   grow(table.blocks, needed);
   return true;
+}
+
+// Each new block may evict another into the host; what is still to be read there is pinned until its turn. What was
+// read stays on the host: evicted again soon, its block costs no transfer. As the coldest it takes nobody's place.
+void BlockPool::bring_back(Prefix& prefix) {
+  for (const HostHit& hit : prefix.host_hits) host_.pin(hit.slot);
+  for (const HostHit& hit : prefix.host_hits) {
+    const int32_t block = allocate();
+    at(block).is_new = false;
+    transfers_.push_back({TransferKind::kToDevice, hit.slot, block});
+    make_known(block, prefix.hashes[hit.number]);
+    host_.unpin_as_coldest(hit.slot);
+    prefix.blocks[hit.number] = block;
+  }
 }
 
 int64_t BlockPool::match(const Tokens& tokens, uint64_t salt) const {
@@ -90,10 +107,7 @@ void BlockPool::commit(int64_t handle, const Tokens& tokens, int64_t num_compute
     const Hash128 parent = table.hashes.empty() ? Hash128{} : table.hashes.back();
     const Hash128 hash = hash_block(parent, table.salt, tokens, number);
     table.hashes.push_back(hash);
-    const int32_t block = table.blocks[static_cast<size_t>(number)];
-    if (at(block).is_known || !index_.emplace(hash, block).second) continue;
-    at(block).hash = hash;
-    at(block).is_known = true;
+    make_known(table.blocks[static_cast<size_t>(number)], hash);
   }
 }
 
@@ -133,7 +147,10 @@ void BlockPool::release(int64_t handle) {
 }
 
 void BlockPool::discard(int64_t handle) {
-  for (const int32_t block : find(handle).blocks) forget(block);
+  for (const int32_t block : find(handle).blocks) {
+    if (at(block).is_known) host_.forget(at(block).hash);
+    forget(block);
+  }
   release(handle);
 }
 
@@ -142,6 +159,7 @@ const std::vector<int32_t>& BlockPool::table(int64_t handle) const { return find
 void BlockPool::reset_cache() {
   for (const auto& [hash, block] : index_) at(block).is_known = false;
   index_.clear();
+  host_.clear();
   while (evictable_.size() > 0) unused_.push_back(evictable_.pop_oldest());
   for (auto& [handle, table] : tables_) {
     table.hashes.clear();
@@ -224,9 +242,11 @@ BlockPool::Prefix BlockPool::find_prefix(const Tokens& tokens, uint64_t salt) co
   for (int64_t number = 0; number < most; ++number) {
     hash = hash_block(hash, salt, tokens, number);
     const auto found = index_.find(hash);
-    if (found == index_.end()) break;
+    const int32_t slot = found == index_.end() ? host_.find(hash) : HostIndex::kNoSlot;
+    if (found == index_.end() && slot == HostIndex::kNoSlot) break;
+    if (slot != HostIndex::kNoSlot) prefix.host_hits.push_back({prefix.blocks.size(), slot});
     prefix.hashes.push_back(hash);
-    prefix.blocks.push_back(found->second);
+    prefix.blocks.push_back(slot == HostIndex::kNoSlot ? found->second : kOnHost);
   }
   return prefix;
 }
@@ -238,6 +258,7 @@ int32_t BlockPool::allocate() {
     unused_.pop_back();
   } else {
     block = evictable_.pop_oldest();
+    offload(block);
     forget(block);
   }
   Block& state = at(block);
@@ -273,6 +294,22 @@ void BlockPool::drop(int32_t block) {
   drop(source);
 }
 
+// Unless it is, or another block with this content is.
+void BlockPool::make_known(int32_t block, const Hash128& hash) {
+  if (at(block).is_known || !index_.emplace(hash, block).second) return;
+  at(block).hash = hash;
+  at(block).is_known = true;
+}
+
+// The content of a known block that is about to be handed out. If the host has it, it needs no transfer: known contents
+// do not change.
+void BlockPool::offload(int32_t block) {
+  const Hash128& hash = at(block).hash;
+  if (const int32_t present = host_.find(hash); present != HostIndex::kNoSlot) return host_.touch(present);
+  const int32_t slot = host_.insert(hash);
+  if (slot != HostIndex::kNoSlot) transfers_.push_back({TransferKind::kToHost, block, slot});
+}
+
 void BlockPool::forget(int32_t block) {
   if (at(block).is_known) index_.erase(at(block).hash);
   at(block).is_known = false;
@@ -306,6 +343,7 @@ void BlockPool::check_integrity() const {
   check_references();
   check_free();
   check_index();
+  host_.check_integrity();
 }
 
 void BlockPool::check_references() const {

@@ -10,6 +10,11 @@
 //   evictable    no reference, but known: in the order of release; handed out, oldest first, when no block is unused
 //
 // Blocks that are shared or known are never written: only full blocks are shared, a partial one is copied.
+//
+// With host blocks, an evictable block that is handed out leaves its content in a host slot, and an admission brings
+// contents back from there into new device blocks. The pool decides, the executor moves: every move is a `Transfer`,
+// in the order of the decisions. Done in that order, each finds what it should, whatever happened to its slot and its
+// block since, as long as nothing else of a step is done before the transfers taken for it.
 // Single-threaded: only the engine thread calls it.
 #pragma once
 
@@ -22,6 +27,7 @@
 #include <vector>
 
 #include "core/block_list.h"
+#include "core/host_index.h"
 #include "core/siphash.h"
 
 namespace llmserve {
@@ -61,10 +67,18 @@ struct BlockCopy {
   int32_t source, target;
 };
 
+enum class TransferKind : uint8_t { kToHost, kToDevice };
+
+// `source` is a device block and `target` a host slot, or the other way round.
+struct Transfer {
+  TransferKind kind;
+  int32_t source, target;
+};
+
 class BlockPool {
  public:
   // `hash_key` must be secret: with it, different prefixes of the same hash can be made.
-  BlockPool(int32_t num_blocks, int32_t block_size, const Hash128& hash_key = {});
+  BlockPool(int32_t num_blocks, int32_t block_size, const Hash128& hash_key = {}, int32_t num_host_blocks = 0);
 
   // Each call below throws std::invalid_argument, having changed nothing, on an unknown handle or a count that is
   // negative or does not fit.
@@ -73,6 +87,7 @@ class BlockPool {
   // all after it unchanged. Returns how many succeeded.
   size_t reserve(const std::vector<int64_t>& handles, const std::vector<int64_t>& num_tokens);
   // Fills empty tables, in order: the longest known prefix (at least one token is left to compute), then new blocks.
+  // What of the prefix is on the host gets new blocks and transfers; it counts as cached like the rest.
   // Stops at the first that does not fit and leaves it untouched. Returns the cached tokens of each admitted one.
   std::vector<int64_t> admit(const std::vector<Admission>& admissions);
   // The tokens `admit` would find.
@@ -91,8 +106,10 @@ class BlockPool {
   // Forgets all contents. Tables that exist commit nothing more: what they hold is what had to be forgotten.
   void reset_cache();
 
-  // What the next step must do first: zero the blocks handed out since the last one (0 · NaN is NaN), then copy.
-  // `take_*` or `finish_pending` says that it is done; until then copies hold their sources.
+  // What the next step must do first: the transfers, in their order; then zero the blocks handed out since the last one
+  // (0 · NaN is NaN), of which blocks filled from the host are none; then copy. `take_*` or `finish_pending` says that
+  // it is done (of transfers `take_transfers` alone); until then copies hold their sources.
+  std::vector<Transfer> take_transfers() { return std::exchange(transfers_, {}); }
   std::vector<int32_t> new_blocks() const;
   const std::vector<BlockCopy>& copies() const { return copies_; }
   std::vector<int32_t> take_new_blocks();
@@ -108,6 +125,8 @@ class BlockPool {
   int32_t num_blocks() const { return static_cast<int32_t>(blocks_.size()); }
   int32_t num_free() const { return static_cast<int32_t>(unused_.size()) + evictable_.size(); }
   int32_t num_cached() const { return static_cast<int32_t>(index_.size()); }
+  int32_t num_host_blocks() const { return host_.num_slots(); }
+  int32_t num_host_cached() const { return host_.num_known(); }
   int32_t block_size() const { return block_size_; }
 
  private:
@@ -124,13 +143,16 @@ class BlockPool {
     uint64_t salt = 0;
     bool may_commit = true;
   };
+  struct HostHit {
+    size_t number;  // in the prefix
+    int32_t slot;
+  };
   struct Prefix {
-    std::vector<int32_t> blocks;
+    std::vector<int32_t> blocks;  // kOnHost for what is in `host_hits`
     std::vector<Hash128> hashes;
+    std::vector<HostHit> host_hits;
   };
-  struct LowBits {
-    size_t operator()(const Hash128& hash) const { return hash.low; }
-  };
+  static constexpr int32_t kOnHost = -1;
 
   Block& at(int32_t block) { return blocks_[static_cast<size_t>(block)]; }
   const Block& at(int32_t block) const { return blocks_[static_cast<size_t>(block)]; }
@@ -142,11 +164,15 @@ class BlockPool {
   Prefix find_prefix(const Tokens& tokens, uint64_t salt) const;
   void check_admissions(const std::vector<Admission>& admissions) const;
   bool admit_one(const Admission& admission);
+  bool is_evictable(int32_t block) const { return block != kOnHost && evictable_.contains(block); }
+  void bring_back(Prefix& prefix);
   void forget_new_blocks();
   int32_t allocate();
   void grow(std::vector<int32_t>& blocks, int64_t num_blocks);
   void hold(int32_t block);
   void drop(int32_t block);
+  void make_known(int32_t block, const Hash128& hash);
+  void offload(int32_t block);
   void forget(int32_t block);
   void open_for_writing(int32_t block);
   int32_t copy_of(int32_t block);
@@ -160,6 +186,8 @@ class BlockPool {
   std::vector<int32_t> unused_;
   BlockList evictable_;
   std::unordered_map<Hash128, int32_t, LowBits> index_;
+  HostIndex host_;
+  std::vector<Transfer> transfers_;
   std::vector<int32_t> new_blocks_;  // candidates, each once; `is_new` decides
   std::vector<BlockCopy> copies_;
   std::unordered_map<int64_t, Table> tables_;

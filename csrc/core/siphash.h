@@ -14,6 +14,11 @@ struct Hash128 {
   friend bool operator==(const Hash128&, const Hash128&) = default;
 };
 
+// For tables: every bit of a hash is as good as any other.
+struct LowBits {
+  size_t operator()(const Hash128& hash) const { return hash.low; }
+};
+
 class SipHash {
  public:
   explicit SipHash(const Hash128& key)

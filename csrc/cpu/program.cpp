@@ -90,6 +90,7 @@ bool Program::run(const StepArrays& arrays, BlockPool& blocks) {
   check(arrays);
   if (blocks.num_blocks() != kv_.num_blocks || blocks.block_size() != kKvBlock)
     throw std::invalid_argument("blocks: the block pool of another cache");
+  if (blocks.num_host_blocks() != 0) throw std::invalid_argument("blocks: this cache is in host memory already");
   step_.kv = &kv_;
   step_.num_threads = pool_.num_threads();
   step_.prepare(arrays, blocks, limits_.max_position, std::max(1, kMaxQueryRows / heads_per_group_));

@@ -5,11 +5,16 @@ Where the compiled pool keeps a keyed hash of a prefix, the twin keeps the prefi
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 Prefix = tuple[int, tuple[int, ...]]
 """Salt, and all tokens up to the end of a block."""
+
+Transfer = tuple[Literal["to_host", "to_device"], int, int]
+"""Kind, source and target: a block of the device and a slot of the host, or the other way round."""
 
 
 @dataclass(slots=True)
@@ -24,10 +29,50 @@ class Table:
     """False once the cache was reset under the sequence: its blocks hold what the new cache must not."""
 
 
+class HostTwin:
+    """Which prefixes lie in which host slots."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.slots: OrderedDict[Prefix, int] = OrderedDict()
+        """The coldest first."""
+        self.pinned: set[Prefix] = set()
+        """To be read next, so not to be overwritten."""
+        self._unused = list(range(num_slots - 1, -1, -1))
+
+    def insert(self, prefix: Prefix) -> int | None:
+        """A slot for a prefix that is in none; None when there is none to be had."""
+        if self._unused:
+            slot = self._unused.pop()
+        else:
+            coldest = next((known for known in self.slots if known not in self.pinned), None)
+            if coldest is None:
+                return None
+            slot = self.slots.pop(coldest)
+        self.slots[prefix] = slot
+        return slot
+
+    def unpin_as_coldest(self, prefix: Prefix) -> None:
+        self.pinned.remove(prefix)
+        self.slots.move_to_end(prefix, last=False)
+
+    def forget(self, prefix: Prefix) -> None:
+        if prefix in self.slots:
+            self._unused.append(self.slots.pop(prefix))
+
+    def clear(self) -> None:
+        self.slots.clear()
+        self._unused = list(range(self.num_slots - 1, -1, -1))
+
+    def check_integrity(self) -> None:
+        if self.pinned or sorted([*self.slots.values(), *self._unused]) != list(range(self.num_slots)):
+            raise RuntimeError("a host slot is lost, used twice or pinned for ever")
+
+
 class BlockPoolTwin:
     """Tables of blocks by handle. Freed blocks that others can match are kept until there is no other free block."""
 
-    def __init__(self, num_blocks: int, block_size: int, hash_key: int = 0) -> None:
+    def __init__(self, num_blocks: int, block_size: int, hash_key: int = 0, num_host_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._references = [0] * num_blocks
@@ -36,6 +81,9 @@ class BlockPoolTwin:
         """Free blocks that others can match, the one touched longest ago first."""
         self._index: dict[Prefix, int] = {}
         self._prefix_of: dict[int, Prefix] = {}
+        self.host = HostTwin(num_host_blocks)
+        self.transfers: list[Transfer] = []
+        """Not taken yet."""
         self._new: set[int] = set()
         self._copies: dict[int, int] = {}
         """Source by destination. A queued copy holds a reference to its source."""
@@ -49,6 +97,10 @@ class BlockPoolTwin:
     @property
     def num_cached(self) -> int:
         return len(self._index)
+
+    @property
+    def num_host_cached(self) -> int:
+        return len(self.host.slots)
 
     @property
     def num_tables(self) -> int:
@@ -81,16 +133,18 @@ class BlockPoolTwin:
         num_cached = []
         for handle, ids, salt, num_blocks, reads in zip(handles, token_ids, salts, needed, reads_cache, strict=True):
             prefixes = self._match(list(ids), salt) if reads else []
-            matched = [self._index[prefix] for prefix in prefixes]
-            num_missing = max(0, num_blocks - len(matched))
+            matched = [self._index[prefix] for prefix in prefixes if prefix in self._index]
+            num_missing = max(num_blocks, len(prefixes)) - len(matched)
             if num_missing > self.num_free - sum(block in self._evictable for block in matched):
                 break
             for block in matched:
                 self._hold(block)
+            self._bring_back([prefix for prefix in prefixes if prefix not in self._index])
             table = self._find(handle)
             table.salt, table.prefixes = salt, prefixes
-            table.blocks = matched + [self._allocate() for _ in range(num_missing)]
-            num_cached.append(len(matched) * self.block_size)
+            table.blocks = [self._index[prefix] for prefix in prefixes]
+            table.blocks += [self._allocate() for _ in range(num_blocks - len(prefixes))]
+            num_cached.append(len(prefixes) * self.block_size)
         return num_cached
 
     def match(self, token_ids: Iterable[int], salt: int) -> int:
@@ -108,8 +162,7 @@ class BlockPoolTwin:
             table.prefixes.append(prefix)
             block = table.blocks[number]
             if prefix not in self._index and block not in self._prefix_of:
-                self._index[prefix] = block
-                self._prefix_of[block] = prefix
+                self._make_known(block, prefix)
 
     def fork(self, handle: int, num_tokens: int) -> int:
         table = self._find(handle)
@@ -148,17 +201,24 @@ class BlockPoolTwin:
 
     def discard(self, handle: int) -> None:
         for block in self._find(handle).blocks:
+            if block in self._prefix_of:
+                self.host.forget(self._prefix_of[block])
             self._forget(block)
         self.release(handle)
 
     def reset_cache(self) -> None:
         self._index.clear()
         self._prefix_of.clear()
+        self.host.clear()
         self._free += self._evictable
         self._evictable.clear()
         for table in self._tables.values():
             table.prefixes.clear()
             table.may_commit = False
+
+    def take_transfers(self) -> list[Transfer]:
+        transfers, self.transfers = self.transfers, []
+        return transfers
 
     def take_copies(self) -> list[tuple[int, int]]:
         copies = [(source, target) for target, source in self._copies.items()]
@@ -187,6 +247,7 @@ class BlockPoolTwin:
             raise RuntimeError("the index names a block twice")
         if not self._evictable.keys() <= self._prefix_of.keys() or self._prefix_of.keys() & {*self._free}:
             raise RuntimeError("the index and the free blocks disagree")
+        self.host.check_integrity()
 
     def _find(self, handle: int) -> Table:
         if handle not in self._tables:
@@ -209,10 +270,34 @@ class BlockPoolTwin:
         prefixes: list[Prefix] = []
         for end in range(self.block_size, len(ids), self.block_size):
             prefix = (salt, tuple(ids[:end]))
-            if prefix not in self._index:
+            if prefix not in self._index and prefix not in self.host.slots:
                 break
             prefixes.append(prefix)
         return prefixes
+
+    def _bring_back(self, prefixes: list[Prefix]) -> None:
+        """Give each a block, which the host will fill."""
+        self.host.pinned.update(prefixes)
+        for prefix in prefixes:
+            block = self._allocate()
+            self._new.remove(block)
+            self.transfers.append(("to_device", self.host.slots[prefix], block))
+            self._make_known(block, prefix)
+            self.host.unpin_as_coldest(prefix)
+
+    def _make_known(self, block: int, prefix: Prefix) -> None:
+        self._index[prefix] = block
+        self._prefix_of[block] = prefix
+
+    def _offload(self, block: int) -> None:
+        """Keep what a known block holds on the host, where there is room."""
+        prefix = self._prefix_of[block]
+        if prefix in self.host.slots:
+            self.host.slots.move_to_end(prefix)
+            return
+        slot = self.host.insert(prefix)
+        if slot is not None:
+            self.transfers.append(("to_host", block, slot))
 
     def _allocate(self) -> int:
         if self._free:
@@ -220,6 +305,7 @@ class BlockPoolTwin:
         else:
             block = next(iter(self._evictable))
             del self._evictable[block]
+            self._offload(block)
             self._forget(block)
         self._references[block] = 1
         self._new.add(block)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.engine.block_pool_twin import BlockPoolTwin
+from tests.engine.pool_memory import Memory, Reader
 
 extension = pytest.importorskip("llmserve._C", reason="the extension is not built")
 
@@ -21,50 +21,17 @@ SIZES = st.integers(0, 30)
 PICKS = st.integers(0, 1000)
 
 
-@dataclass(slots=True)
-class Reader:
-    """A sequence as the engine sees it."""
-
-    salt: int
-    token_ids: list[int]
-    num_computed: int = 0
-
-
-@dataclass(slots=True)
-class Memory:
-    """What the executor has written: a slot holds the salt and the whole prefix that its key and value depend on."""
-
-    block_size: int
-    slots: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
-
-    def zero(self, block: int) -> None:
-        for offset in range(self.block_size):
-            self.slots.pop((block, offset), None)
-
-    def copy(self, source: int, target: int) -> None:
-        self.zero(target)
-        for offset in range(self.block_size):
-            if (source, offset) in self.slots:
-                self.slots[target, offset] = self.slots[source, offset]
-
-    def write(self, table: list[int], reader: Reader, end: int) -> None:
-        for position in range(reader.num_computed, end):
-            block, offset = divmod(position, self.block_size)
-            self.slots[table[block], offset] = (reader.salt, *reader.token_ids[: position + 1])
-
-    def check(self, table: list[int], reader: Reader) -> None:
-        for position in range(reader.num_computed):
-            block, offset = divmod(position, self.block_size)
-            assert self.slots[table[block], offset] == (reader.salt, *reader.token_ids[: position + 1])
-
-
 class PoolMachine(RuleBasedStateMachine):
     """An engine without a model: sequences come, compute, fork, are cut, and leave."""
 
-    @initialize(num_blocks=st.integers(1, 14), block_size=st.sampled_from([1, 2, 3, 4]))
-    def begin(self, num_blocks: int, block_size: int) -> None:
-        self.pool = extension.BlockPool(num_blocks, block_size, 2**127 + 5)
-        self.twin = BlockPoolTwin(num_blocks, block_size)
+    @initialize(
+        num_blocks=st.integers(1, 14),
+        block_size=st.sampled_from([1, 2, 3, 4]),
+        num_host_blocks=st.sampled_from([0, 1, 2, 3, 5, 8, 20]),
+    )
+    def begin(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+        self.pool = extension.BlockPool(num_blocks, block_size, 2**127 + 5, num_host_blocks)
+        self.twin = BlockPoolTwin(num_blocks, block_size, num_host_blocks=num_host_blocks)
         self.memory = Memory(block_size)
         self.readers: dict[int, Reader] = {}
 
@@ -84,6 +51,17 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(texts=st.lists(st.tuples(TEXTS, SALTS, st.booleans()), min_size=1, max_size=3), more=st.integers(0, 3))
     def admit(self, texts: list[tuple[list[int], int, bool]], more: int) -> None:
+        self.admit_all(texts, more)
+
+    @precondition(lambda self: self.twin.host.slots)
+    @rule(numbers=st.lists(PICKS, min_size=1, max_size=3), text=st.lists(st.integers(0, 1), min_size=1, max_size=4))
+    def admit_from_host(self, numbers: list[int], text: list[int]) -> None:
+        """Sequences that begin like what is on the host; all but the first may find it gone."""
+        known = sorted(self.twin.host.slots)
+        chosen = [known[number % len(known)] for number in numbers]
+        self.admit_all([([*ids, *text], salt, True) for salt, ids in chosen], 0)
+
+    def admit_all(self, texts: list[tuple[list[int], int, bool]], more: int) -> None:
         handles = [self.both(lambda pool: pool.create()) for _ in texts]
         ids, salts, reads = zip(*texts, strict=True)
         sizes = [len(text) + more for text in ids]
@@ -123,16 +101,15 @@ class PoolMachine(RuleBasedStateMachine):
             self.twin.commit(handle, reader.token_ids, reader.num_computed)
 
     def execute_pending(self) -> None:
+        transfers = self.both(lambda pool: pool.take_transfers())
+        assert isinstance(transfers, list)
         new = self.twin.take_new_blocks()
         assert sorted(self.pool.take_new_blocks()) == new
         copies = self.both(lambda pool: pool.take_copies())
         assert isinstance(copies, list)
         assert not {source for source, _ in copies} & {target for _, target in copies}
         assert not {target for _, target in copies} & {*new}
-        for block in new:
-            self.memory.zero(block)
-        for source, target in copies:
-            self.memory.copy(source, target)
+        self.memory.execute(transfers, new, copies)
 
     @precondition(lambda self: self.readers)
     @rule(number=PICKS, share=st.integers(0, 30), text=TEXTS)
@@ -162,12 +139,21 @@ class PoolMachine(RuleBasedStateMachine):
         del self.readers[handle]
 
     @precondition(lambda self: self.readers)
-    @rule(number=PICKS)
-    def discard(self, number: int) -> None:
+    @rule(number=PICKS, after_a_step=st.booleans())
+    def discard(self, number: int, after_a_step: bool) -> None:
+        """Its blocks hold nonsense: nobody may find them, on the device or on the host."""
         handle = self.pick(number)
-        found = self.twin.table(handle)
+        table = self.twin.table(handle)
+        found = [self.twin._prefix_of[block] for block in table if block in self.twin._prefix_of]
+        if after_a_step:
+            self.execute_pending()
+            for block in table:
+                if self.twin._references[block] == 1:
+                    self.memory.poison(block)
         self.both(lambda pool: pool.discard(handle))
-        assert not self.twin._prefix_of.keys() & {*found}
+        assert not self.twin._prefix_of.keys() & {*table}
+        for salt, ids in found:
+            assert self.pool.match([*ids, 0], salt) < len(ids)
         del self.readers[handle]
 
     @precondition(lambda self: self.readers)
@@ -199,7 +185,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def reset_cache(self) -> None:
         self.both(lambda pool: pool.reset_cache())
-        assert self.pool.num_cached == 0
+        assert self.pool.num_cached == self.pool.num_host_cached == 0
 
     @invariant()
     def agrees(self) -> None:
@@ -207,19 +193,21 @@ class PoolMachine(RuleBasedStateMachine):
             return
         self.pool.check_integrity()
         self.twin.check_integrity()
-        assert (self.pool.num_free, self.pool.num_cached) == (self.twin.num_free, self.twin.num_cached)
+        for name in ("num_free", "num_cached", "num_host_cached"):
+            assert getattr(self.pool, name) == getattr(self.twin, name), name
         for handle in self.readers:
             assert self.pool.table(handle) == self.twin.table(handle)
 
     @invariant()
     def blocks_hold_what_they_should(self) -> None:
-        """Nothing that a sequence relies on was overwritten, whoever else shared it. Pending copies count as done."""
+        """Nothing that a sequence relies on, or could find, was overwritten. What is pending counts as done."""
         if not hasattr(self, "pool"):
             return
-        pending = dict(self.twin._copies)
+        copies = [(source, target) for target, source in self.twin._copies.items()]
+        memory = self.memory.ahead(self.twin.transfers, self.twin._new, copies)
         for handle, reader in self.readers.items():
-            table = [pending.get(block, block) for block in self.twin.table(handle)]
-            self.memory.check(table, reader)
+            memory.check(self.twin.table(handle), reader)
+        memory.check_known(self.twin._index, self.twin.host.slots)
 
     def teardown(self) -> None:
         """All that sequences held comes back."""
