@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -28,12 +29,15 @@ class Memory:
     block_size: int
     slots: dict[tuple[int, int], Content] = field(default_factory=dict)
     host: dict[int, list[Content | None]] = field(default_factory=dict)
+    num_moved: Counter[str] = field(default_factory=Counter)
+    """Blocks moved to the host and to the device."""
 
     def execute(
         self, transfers: Iterable[Transfer], new_blocks: Iterable[int], copies: Iterable[tuple[int, int]]
     ) -> None:
         """What a step does before it writes, in this order."""
         for kind, source, target in transfers:
+            self.num_moved[kind] += 1
             if kind == "to_host":
                 self.host[target] = self._block(source)
             else:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.engine.test_block_pool import PoolMachine
+from tests.ops.seeds import fresh_seed
 
 if TYPE_CHECKING:
     from llmserve._C import BlockPool
@@ -38,6 +43,51 @@ def admit(pool: BlockPool, token: int, num_tokens: int) -> tuple[int, int]:
     handle = pool.create()
     (num_cached,) = pool.admit([handle], [[token] * num_tokens], [0], [num_tokens], [True])
     return handle, num_cached
+
+
+def act(machine: PoolMachine, choose: random.Random) -> None:
+    """One action of a busy engine with few blocks: sequences end soon after they came, and their like return."""
+    number = choose.randrange(1000)
+    text = choose.choices((0, 1), k=choose.randint(1, 14))
+    action = choose.random()
+    if not machine.readers or action < 0.15:
+        texts = [(text[: choose.randint(1, 14)], 0, True) for _ in range(choose.randint(1, 3))]
+        machine.admit(texts, 0)
+    elif machine.twin.host.slots and action < 0.35:
+        machine.admit_from_host([number, number + 1], text[:2])
+    elif action < 0.6:
+        machine.step([(number, choose.randint(1, 9)), (number + 1, choose.randint(1, 9))])
+    elif action < 0.87:
+        machine.release(number)
+    elif action < 0.91:
+        machine.fork(number, choose.randrange(5), text)
+    elif action < 0.95:
+        machine.truncate(number, choose.randrange(12), text)
+    elif action < 0.99:
+        machine.discard(number, choose.random() < 0.5)
+    else:
+        machine.both(lambda pool: pool.reset_cache())
+
+
+@pytest.mark.parametrize("num_host_blocks", [1, 2, 5, 20])
+def test_blocks_hold_what_they_should_over_long_random_runs(num_host_blocks: int) -> None:
+    seed = fresh_seed()
+    choose = random.Random(seed)
+    moved: Counter[str] = Counter()
+    try:
+        for _ in range(30):
+            machine = PoolMachine()
+            machine.begin(choose.randint(2, 8), choose.randint(1, 3), num_host_blocks)
+            for _ in range(150):
+                act(machine, choose)
+                machine.agrees()
+                machine.blocks_hold_what_they_should()
+            machine.teardown()
+            moved += machine.memory.num_moved
+    except (AssertionError, RuntimeError, KeyError) as error:
+        error.add_note(f"seed {seed}")
+        raise
+    assert min(moved["to_host"], moved["to_device"]) > 50, f"seed {seed}: the runs were too tame: {moved}"
 
 
 def test_what_was_evicted_is_found_on_the_host_and_brought_back() -> None:
