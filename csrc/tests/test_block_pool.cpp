@@ -1,4 +1,5 @@
 // The block pool against a twin that only counts, under random operations.
+#include <algorithm>
 #include <map>
 #include <set>
 #include <stdexcept>
@@ -150,6 +151,30 @@ void change_one(Random& random, BlockPool& pool, std::vector<Text>& texts) {
   }
 }
 
+void check_transfers(BlockPool& pool) {
+  for (const Transfer& transfer : pool.take_transfers()) {
+    const bool to_host = transfer.kind == TransferKind::kToHost;
+    const int32_t block = to_host ? transfer.source : transfer.target;
+    const int32_t slot = to_host ? transfer.target : transfer.source;
+    CHECK(block >= 0 && block < pool.num_blocks() && slot >= 0 && slot < pool.num_host_blocks());
+  }
+}
+
+// Both memories, by block and slot: all tokens that a block's content depends on.
+struct Memories {
+  std::vector<std::vector<int32_t>> device, host;
+
+  void move(const std::vector<Transfer>& transfers) {
+    for (const Transfer& transfer : transfers) {
+      const auto source = static_cast<size_t>(transfer.source), target = static_cast<size_t>(transfer.target);
+      if (transfer.kind == TransferKind::kToHost)
+        host[target] = device[source];
+      else
+        device[target] = host[source];
+    }
+  }
+};
+
 int64_t admit_one(BlockPool& pool, int64_t handle, const std::vector<int32_t>& ids) {
   const TokenSpan span(ids);
   const std::vector<int64_t> num_cached = pool.admit({{handle, &span, 0, span.size(), true}});
@@ -162,7 +187,9 @@ int64_t admit_one(BlockPool& pool, int64_t handle, const std::vector<int32_t>& i
 TEST(block_pool_keeps_its_integrity_with_cache_and_forks) {
   for (int round = 0; round < 30; ++round) {
     const auto num_blocks = static_cast<int32_t>(random.integer(1, 40));
-    BlockPool pool(num_blocks, static_cast<int32_t>(random.integer(1, 6)), {random.bits(), random.bits()});
+    const auto num_host_blocks = static_cast<int32_t>(std::max<int64_t>(random.integer(-5, 20), 0));
+    BlockPool pool(num_blocks, static_cast<int32_t>(random.integer(1, 6)), {random.bits(), random.bits()},
+                   num_host_blocks);
     std::vector<Text> texts;
     for (int action = 0; action < 300; ++action) {
       if (texts.empty() || random.chance(0.25))
@@ -170,6 +197,7 @@ TEST(block_pool_keeps_its_integrity_with_cache_and_forks) {
       else
         change_one(random, pool, texts);
       if (random.chance(0.2)) pool.finish_pending();
+      if (random.chance(0.2) || num_host_blocks == 0) check_transfers(pool);
       if (random.chance(0.01)) pool.reset_cache();
       pool.check_integrity();
       for (const Text& text : texts)
@@ -234,6 +262,60 @@ TEST(block_pool_agrees_with_its_twin) {
   }
 }
 
+TEST(block_pool_brings_back_what_moved_to_the_host) {
+  int64_t num_cached = 0;
+  for (int round = 0; round < 40; ++round) {
+    const auto num_blocks = static_cast<int32_t>(random.integer(8, 16)),
+               num_host = static_cast<int32_t>(1 << round % 6);
+    BlockPool pool(num_blocks, 2, {random.bits(), random.bits()}, num_host);
+    Memories memories{std::vector<std::vector<int32_t>>(static_cast<size_t>(num_blocks)),
+                      std::vector<std::vector<int32_t>>(static_cast<size_t>(num_host))};
+    for (int arrival = 0; arrival < 100; ++arrival) {
+      std::vector<int32_t> ids = random_ids(random);
+      ids.resize(std::min<size_t>(ids.size(), 16));
+      const int64_t handle = pool.create(), cached = admit_one(pool, handle, ids);
+      num_cached += cached;
+      if (random.chance(0.2)) {  // gone before a step: what is pending stays in its order
+        pool.release(handle);
+        continue;
+      }
+      memories.move(pool.take_transfers());
+      for (size_t end = 2; end <= ids.size(); end += 2) {
+        std::vector<int32_t>& content = memories.device[static_cast<size_t>(pool.table(handle)[end / 2 - 1])];
+        const std::vector<int32_t> prefix(ids.begin(), ids.begin() + static_cast<int64_t>(end));
+        if (static_cast<int64_t>(end) > cached) content = prefix;
+        CHECK(content == prefix, "a cached block holds something else");
+      }
+      pool.commit(handle, TokenSpan(ids), static_cast<int64_t>(ids.size()));
+      if (random.chance(0.05))
+        pool.discard(handle);
+      else
+        pool.release(handle);
+      pool.check_integrity();
+    }
+  }
+  CHECK(num_cached > 1000, "hardly anything was found: ", num_cached);
+}
+
+TEST(block_pool_reads_a_slot_before_it_gives_it_away) {
+  BlockPool pool(2, 1, {}, 1);
+  for (const int32_t id : {1, 2, 3}) {
+    const int64_t handle = pool.create();
+    CHECK(admit_one(pool, handle, {id}) == 0);
+    pool.commit(handle, TokenSpan(std::vector<int32_t>{id}), 1);
+    pool.release(handle);
+  }
+  CHECK(pool.take_transfers().size() == 1 && pool.num_host_cached() == 1);
+  const int64_t handle = pool.create();
+  CHECK(admit_one(pool, handle, {1, 4}) == 1);
+  const std::vector<Transfer> transfers = pool.take_transfers();
+  CHECK(transfers.size() == 2, "the first block evicted finds no slot: the only one is to be read");
+  CHECK(transfers[0].kind == TransferKind::kToDevice && transfers[0].target == pool.table(handle)[0]);
+  CHECK(transfers[1].kind == TransferKind::kToHost && transfers[1].source == pool.table(handle)[1]);
+  CHECK(transfers[0].source == transfers[1].target);
+  pool.check_integrity();
+}
+
 TEST(block_pool_names_new_blocks_once) {
   BlockPool pool(8, 4);
   const int64_t first = pool.create();
@@ -259,6 +341,7 @@ TEST(block_pool_names_a_block_once_though_it_changed_hands) {
 TEST(block_pool_refuses_nonsense) {
   CHECK_THROWS(std::invalid_argument, BlockPool(0, 16));
   CHECK_THROWS(std::invalid_argument, BlockPool(4, 0));
+  CHECK_THROWS(std::invalid_argument, BlockPool(4, 16, {}, -1));
   BlockPool pool(4, 16);
   CHECK_THROWS(std::invalid_argument, pool.reserve({7}, {1}));
   CHECK_THROWS(std::invalid_argument, pool.reserve({7}, {}));

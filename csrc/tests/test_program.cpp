@@ -443,7 +443,7 @@ TEST(program_refuses_arrays_that_name_what_is_not_there) {
 TEST(program_refuses_a_block_pool_of_another_cache) {
   const Network network(random);
   const auto program = build(network, "scalar", 1);
-  for (BlockPool pool : {BlockPool(65, 16), BlockPool(64, 8)}) {
+  for (BlockPool pool : {BlockPool(65, 16), BlockPool(64, 8), BlockPool(64, 16, {}, 1)}) {
     const int64_t handle = pool.create();
     CHECK(pool.reserve({handle}, {4}) == 1);
     Batch batch({{handle, 0, 4}});
