@@ -90,6 +90,8 @@ class ExecutorConfig:
     """int8 halves the KV cache, with one scale for each token and head; so does fp8 (E4M3). fp16 and fp8: CUDA."""
     deterministic: bool = False
     """CUDA: a sequence's results do not depend on what else is in the step. On the CPU they never do."""
+    host_kv_cache_bytes: int = 0
+    """CUDA: host memory for cached blocks that leave the GPU."""
     isa: str = ""
     """Highest instruction set to use: scalar, avx2, avx512 or amx; empty: the best. It only lowers the choice."""
     images: ImageConfig | None = None
@@ -123,6 +125,8 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_bytes: int = 0
     """0: sized from the free memory."""
+    host_kv_cache_bytes: int = 0
+    """CUDA: host memory for cached blocks that leave the GPU; prompts that begin like them get them back. 0: none."""
     num_threads: int = 0
     exact: bool = False
     kv_cache_dtype: KVCacheDtype = "bf16"

@@ -79,6 +79,15 @@ KVCacheMemory = Annotated[
         metavar="SIZE", rich_help_panel=_ENGINE, help="Size of the KV cache, e.g. `2GiB`; empty: by the free memory."
     ),
 ]
+HostKVCache = Annotated[
+    str,
+    typer.Option(
+        "--host-kv-cache",
+        metavar="SIZE",
+        rich_help_panel=_ENGINE,
+        help="CUDA: host memory for cached blocks that leave the GPU, e.g. `16GiB`; empty: none.",
+    ),
+]
 DeviceOption = Annotated[
     Device,
     typer.Option(
@@ -183,6 +192,7 @@ def engine_config(
     itl_target_ms: float = DEFAULT_ITL_TARGET_MS,
     prefix_cache: bool = True,
     kv_cache_memory: str = "",
+    host_kv_cache: str = "",
     device: Device = "cpu",
     threads: int = 0,
     exact: bool = False,
@@ -204,6 +214,7 @@ def engine_config(
         itl_target_ms=itl_target_ms,
         enable_prefix_cache=prefix_cache,
         kv_cache_bytes=parse_byte_size(kv_cache_memory, param="--kv-cache-memory") if kv_cache_memory else 0,
+        host_kv_cache_bytes=parse_byte_size(host_kv_cache, param="--host-kv-cache") if host_kv_cache else 0,
         device=device,
         num_threads=threads,
         exact=exact,

@@ -89,6 +89,7 @@ def command(
     itl_target_ms: options.ItlTarget = DEFAULT_ITL_TARGET_MS,
     prefix_cache: options.PrefixCache = True,
     kv_cache_memory: options.KVCacheMemory = "",
+    host_kv_cache: options.HostKVCache = "",
     device: options.DeviceOption = "cpu",
     threads: options.Threads = 0,
     exact: options.Exact = False,
@@ -115,6 +116,7 @@ def command(
             itl_target_ms=itl_target_ms,
             prefix_cache=prefix_cache,
             kv_cache_memory=kv_cache_memory,
+            host_kv_cache=host_kv_cache,
             device=device,
             threads=threads,
             exact=exact,
@@ -126,15 +128,22 @@ def command(
             max_draft_tokens=max_draft_tokens,
             trace=trace,
         )
-        server = ServerConfig(
-            host=host,
-            port=port,
-            served_model_name=served_model_name or options.model_name(model, path),
-            drain_timeout_s=drain_timeout,
-            generation_defaults=generation_config is GenerationConfig.MODEL,
-            chat_template=template,
-        )
+        name = served_model_name or options.model_name(model, path)
+        server = _server_config(host, port, name, drain_timeout, generation_config, template)
         return _run(engine, server, display, started_s=started_s)
+
+
+def _server_config(
+    host: str, port: int, name: str, drain_timeout_s: float, defaults: GenerationConfig, template: str
+) -> ServerConfig:
+    return ServerConfig(
+        host=host,
+        port=port,
+        served_model_name=name,
+        drain_timeout_s=drain_timeout_s,
+        generation_defaults=defaults is GenerationConfig.MODEL,
+        chat_template=template,
+    )
 
 
 def _clear(trace: Path | None) -> None:

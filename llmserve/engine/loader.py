@@ -14,7 +14,7 @@ from llmserve.engine.kv_cache import PagedExecutor
 from llmserve.engine.memory import available_bytes, fit_kv_cache
 from llmserve.engine.scheduler import SchedulerConfig
 from llmserve.engine.trace import StepTrace
-from llmserve.errors import InvalidRequest
+from llmserve.errors import InvalidRequest, OutOfMemory
 from llmserve.models import catalog
 from llmserve.ops import Progress
 from llmserve.ops.protocol import DeviceExecutor
@@ -30,6 +30,7 @@ def load_engine(config: EngineConfig, *, progress: Progress) -> Engine:
     Raises `CheckpointError`, `ModelNotFound`, `OutOfMemory`, `ExtensionNotBuilt`, `InvalidRequest` (a bad option).
     """
     started = time.monotonic()
+    _check_host_kv_cache(config)
     scheduler_config = _scheduler_config(config)
     trace = StepTrace(config.trace_path, name=config.model_path.name) if config.trace_path is not None else None
     checkpoint = checkpoints.open_checkpoint(config.model_path)
@@ -47,6 +48,7 @@ def load_engine(config: EngineConfig, *, progress: Progress) -> Engine:
             exact=config.exact,
             kv_cache_dtype=config.kv_cache_dtype,
             deterministic=config.deterministic,
+            host_kv_cache_bytes=config.host_kv_cache_bytes,
             images=image_config(config, checkpoint),
         ),
         progress=_releasing(checkpoint, progress),
@@ -91,6 +93,25 @@ def _releasing(checkpoint: Checkpoint, progress: Progress) -> Progress:
         progress(phase, done, total)
 
     return report
+
+
+def _check_host_kv_cache(config: EngineConfig) -> None:
+    """Raises `InvalidRequest` where it would never be used, `OutOfMemory` where it does not fit."""
+    if not config.host_kv_cache_bytes:
+        return
+    if config.device != "cuda":
+        reason = f"on the device {config.device} the KV cache is in host memory already"
+    elif not config.enable_prefix_cache:
+        reason = "it keeps cached prefixes, and the prefix cache is off"
+    else:
+        available = available_bytes()
+        if config.host_kv_cache_bytes > available:
+            raise OutOfMemory(
+                f"a host KV cache of {config.host_kv_cache_bytes} bytes does not fit: {available} bytes of memory are "
+                "available"
+            )
+        return
+    raise InvalidRequest(f"host_kv_cache_bytes: {reason}", param="host_kv_cache_bytes")
 
 
 def _scheduler_config(config: EngineConfig) -> SchedulerConfig:

@@ -8,6 +8,7 @@ checks each step against its own limits.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 
 import numpy as np
 
@@ -38,8 +39,11 @@ class FakeExecutor:
     weights_origin: WeightsOrigin = "memory"
     image_path = ""
 
-    def __init__(self, config: ExecutorConfig, num_blocks: int) -> None:
+    def __init__(self, config: ExecutorConfig, num_blocks: int, num_host_blocks: int = 0) -> None:
         self.config = config
+        self.num_moved: Counter[str] = Counter()
+        """Blocks moved to the host and to the device."""
+        self._num_host_blocks = num_host_blocks
         self.steps: list[StepInput] = []
         self.fail_next = False
         self.abort_next = False
@@ -52,14 +56,23 @@ class FakeExecutor:
         return 16 * self.config.block_size
 
     def allocate_kv(self, num_blocks: int) -> None:
-        self.block_pool = BlockPoolTwin(num_blocks, self.config.block_size)
-        self._cache = np.full((num_blocks, self.config.block_size, 2), -1, dtype=np.int64)
+        self.block_pool = BlockPoolTwin(num_blocks, self.config.block_size, num_host_blocks=self._num_host_blocks)
+        self._cache, self._host = (
+            np.full((count, self.config.block_size, 2), -1, dtype=np.int64)
+            for count in (num_blocks, self._num_host_blocks)
+        )
 
     def launch(self, step: StepInput) -> None:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("made to fail")
         self._check(step)
+        for kind, source, target in self.block_pool.take_transfers():
+            self.num_moved[kind] += 1
+            if kind == "to_host":
+                self._host[target] = self._cache[source]
+            else:
+                self._cache[target] = self._host[source]
         for source, target in self.block_pool.take_copies():
             self._cache[target] = self._cache[source]
         self._output = self._compute(step)

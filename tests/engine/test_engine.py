@@ -30,6 +30,7 @@ class Clock:
 def make_engine(
     *,
     num_blocks: int = 64,
+    num_host_blocks: int = 0,
     policy: dict[str, Any] | None = None,
     clock: Callable[[], float] = time.monotonic,
     **limits: Any,
@@ -37,7 +38,7 @@ def make_engine(
     """An engine over a fake executor; limits are fields of `ExecutorConfig`, `policy` is more of `SchedulerConfig`."""
     defaults = {"max_num_tokens": 32, "max_num_seqs": 8, "max_logit_rows": 8, "max_model_len": 128, "block_size": 4}
     config = replace(ExecutorConfig(), **(defaults | limits))
-    executor = FakeExecutor(config, num_blocks)
+    executor = FakeExecutor(config, num_blocks, num_host_blocks)
     scheduler = SchedulerConfig(
         max_num_tokens=config.max_num_tokens,
         max_num_seqs=config.max_num_seqs,
