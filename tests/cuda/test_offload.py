@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed in this envi
 if TYPE_CHECKING:
     from torch import Generator, Tensor, device, dtype
 
-from llmserve.errors import OutOfMemory  # noqa: E402
+from llmserve.errors import InvalidRequest, OutOfMemory  # noqa: E402
 from llmserve.ops.cuda import offload  # noqa: E402
-from llmserve.ops.cuda.offload import HostBlocks, Transfer, bytes_per_block  # noqa: E402
+from llmserve.ops.cuda.offload import HostBlocks, Transfer, bytes_per_block, host_blocks_in  # noqa: E402
 
 NUM_BLOCKS = 11
 SHAPES: dict[str, list[tuple[tuple[int, ...], dtype]]] = {
@@ -89,6 +89,12 @@ def test_both_memories_hold_what_the_order_of_transfers_says(
 def test_the_bytes_of_a_block_are_those_of_all_caches() -> None:
     caches = [torch.zeros((4, 2, 8, 16), dtype=torch.bfloat16), torch.zeros((4, 2, 8))]
     assert bytes_per_block(caches) == 2 * 8 * 16 * 2 + 2 * 8 * 4
+
+
+def test_a_size_is_of_whole_blocks() -> None:
+    assert [host_blocks_in(size, 100) for size in (0, 100, 199, 250)] == [0, 1, 1, 2]
+    with pytest.raises(InvalidRequest, match=r"^host_kv_cache_bytes: 99;"):
+        host_blocks_in(99, 100)
 
 
 def test_no_host_blocks_take_no_memory() -> None:

@@ -22,7 +22,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from llmserve.errors import OutOfMemory
+from llmserve.errors import InvalidRequest, OutOfMemory
 
 Transfer = tuple[Literal["to_host", "to_device"], int, int]
 """Kind, source and target, as of `BlockPool.take_transfers`."""
@@ -37,6 +37,15 @@ _WORDS: Final = (torch.int64, torch.int32, torch.int16, torch.uint8)
 def bytes_per_block(tensors: Sequence[Tensor]) -> int:
     """Bytes of one block over all caches, each of which has a row per block."""
     return sum(tensor[:1].nbytes for tensor in tensors)
+
+
+def host_blocks_in(num_bytes: int, block_bytes: int) -> int:
+    """Host blocks that `num_bytes` hold; 0 bytes hold none. Raises `InvalidRequest` where less than one fits."""
+    if 0 < num_bytes < block_bytes:
+        raise InvalidRequest(
+            f"host_kv_cache_bytes: {num_bytes}; a block takes {block_bytes} bytes", param="host_kv_cache_bytes"
+        )
+    return num_bytes // block_bytes
 
 
 class HostBlocks:
