@@ -111,6 +111,9 @@ class BlockPool:
     def num_host_cached(self) -> int:
         """Host blocks that can be matched; the device may have the same content."""
     @property
+    def num_host_hits(self) -> int:
+        """Blocks brought back from the host so far."""
+    @property
     def block_size(self) -> int: ...
 
 class ProgressCell:

@@ -204,6 +204,7 @@ class Metrics:
             ("vllm:num_preemptions", "Sequences preempted.", stats.num_preemptions),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.num_cache_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.num_cache_hits),
+            ("llmserve_host_cache_hits", "Tokens brought back from the host.", stats.num_host_cache_hits),
             ("vllm:spec_decode_num_drafts", "Drafts verified.", stats.drafts.num_drafts),
             ("vllm:spec_decode_num_draft_tokens", "Tokens of drafts.", stats.drafts.num_draft_tokens),
             ("vllm:spec_decode_num_accepted_tokens", "Those that were right.", stats.drafts.num_accepted_tokens),

@@ -173,6 +173,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Prompt tokens looked up in the prefix cache."""
     num_cache_hits: int = 0
     """Prompt tokens found there."""
+    num_host_cache_hits: int = 0
+    """Tokens found there that the host had, also where a preempted sequence came back."""
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
     drafts: DraftStats = DraftStats()

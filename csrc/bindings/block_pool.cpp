@@ -164,6 +164,7 @@ void bind_block_pool(py::module_& module) {
       .def_property_readonly("num_cached", &BlockPool::num_cached)
       .def_property_readonly("num_host_blocks", &BlockPool::num_host_blocks)
       .def_property_readonly("num_host_cached", &BlockPool::num_host_cached)
+      .def_property_readonly("num_host_hits", &BlockPool::num_host_hits)
       .def_property_readonly("block_size", &BlockPool::block_size);
 }
 

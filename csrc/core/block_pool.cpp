@@ -82,6 +82,7 @@ bool BlockPool::admit_one(const Admission& admission) {
 // Each new block may evict another into the host; what is still to be read there is pinned until its turn. What was
 // read stays on the host: evicted again soon, its block costs no transfer. As the coldest it takes nobody's place.
 void BlockPool::bring_back(Prefix& prefix) {
+  num_host_hits_ += std::ssize(prefix.host_hits);
   for (const HostHit& hit : prefix.host_hits) host_.pin(hit.slot);
   for (const HostHit& hit : prefix.host_hits) {
     const int32_t block = allocate();

@@ -127,6 +127,8 @@ class BlockPool {
   int32_t num_cached() const { return static_cast<int32_t>(index_.size()); }
   int32_t num_host_blocks() const { return host_.num_slots(); }
   int32_t num_host_cached() const { return host_.num_known(); }
+  // Blocks brought back from there so far.
+  int64_t num_host_hits() const { return num_host_hits_; }
   int32_t block_size() const { return block_size_; }
 
  private:
@@ -188,6 +190,7 @@ class BlockPool {
   std::unordered_map<Hash128, int32_t, LowBits> index_;
   HostIndex host_;
   std::vector<Transfer> transfers_;
+  int64_t num_host_hits_ = 0;
   std::vector<int32_t> new_blocks_;  // candidates, each once; `is_new` decides
   std::vector<BlockCopy> copies_;
   std::unordered_map<int64_t, Table> tables_;

@@ -136,6 +136,7 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_cache_queries=self._scheduler.num_cache_queries,
             num_cache_hits=self._scheduler.num_cache_hits,
+            num_host_cache_hits=self._kv_cache.num_host_hits,
             num_prompt_tokens=self._collector.num_prompt_tokens,
             num_generation_tokens=self._collector.num_generation_tokens,
             drafts=self._collector.drafts,

@@ -27,6 +27,10 @@ class BlockPool(Protocol):
     def num_free(self) -> int: ...
 
     @property
+    def num_host_hits(self) -> int:
+        """Blocks brought back from the host so far."""
+
+    @property
     def block_size(self) -> int:
         """Tokens of a block."""
 
@@ -102,6 +106,11 @@ class KVCacheManager:
     @property
     def num_used(self) -> int:
         return self._pool.num_blocks - self._pool.num_free
+
+    @property
+    def num_host_hits(self) -> int:
+        """Tokens brought back from the host so far, those of a sequence admitted again included."""
+        return self._pool.num_host_hits * self._block_size
 
     def num_blocks_of(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""

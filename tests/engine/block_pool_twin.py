@@ -84,6 +84,7 @@ class BlockPoolTwin:
         self.host = HostTwin(num_host_blocks)
         self.transfers: list[Transfer] = []
         """Not taken yet."""
+        self.num_host_hits = 0
         self._new: set[int] = set()
         self._copies: dict[int, int] = {}
         """Source by destination. A queued copy holds a reference to its source."""
@@ -277,6 +278,7 @@ class BlockPoolTwin:
 
     def _bring_back(self, prefixes: list[Prefix]) -> None:
         """Give each a block, which the host will fill."""
+        self.num_host_hits += len(prefixes)
         self.host.pinned.update(prefixes)
         for prefix in prefixes:
             block = self._allocate()

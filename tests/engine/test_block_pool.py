@@ -193,7 +193,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         self.pool.check_integrity()
         self.twin.check_integrity()
-        for name in ("num_free", "num_cached", "num_host_cached"):
+        for name in ("num_free", "num_cached", "num_host_cached", "num_host_hits"):
             assert getattr(self.pool, name) == getattr(self.twin, name), name
         for handle in self.readers:
             assert self.pool.table(handle) == self.twin.table(handle)

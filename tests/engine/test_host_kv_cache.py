@@ -37,6 +37,7 @@ def test_a_prompt_that_returns_finds_on_the_host_what_the_device_lost() -> None:
             outputs = run(engine)[f"r{index}"]
             assert tokens_of(outputs) == expected_tokens(text, 3)
         cached[num_host_blocks] = outputs[0].num_cached_tokens
+        assert engine.stats().num_host_cache_hits == outputs[0].num_cached_tokens
         assert_nothing_held(engine, executor)
     assert cached == {0: 0, 32: 16}
 

@@ -23,6 +23,7 @@ GOLDEN = {
     "vllm:num_preemptions": "counter",
     "vllm:prefix_cache_queries": "counter",
     "vllm:prefix_cache_hits": "counter",
+    "llmserve_host_cache_hits": "counter",
     "vllm:spec_decode_num_drafts": "counter",
     "vllm:spec_decode_num_draft_tokens": "counter",
     "vllm:spec_decode_num_accepted_tokens": "counter",
@@ -176,7 +177,11 @@ def test_a_passed_deadline_is_a_reason_of_its_own() -> None:
 def test_steps_of_the_engine_are_observed() -> None:
     server = Server(says("a"))
     server.client.stats = EngineStats(
-        num_cache_queries=96, num_cache_hits=32, num_preemptions=2, drafts=DraftStats(5, 11, 7, (4, 3))
+        num_cache_queries=96,
+        num_cache_hits=32,
+        num_host_cache_hits=16,
+        num_preemptions=2,
+        drafts=DraftStats(5, 11, 7, (4, 3)),
     )
     server.client.on_step(EngineStats(num_steps=1, last_step_tokens=8))
     server.client.on_step(EngineStats(num_steps=2, last_step_tokens=100))
@@ -189,6 +194,7 @@ def test_steps_of_the_engine_are_observed() -> None:
     assert found["vllm:iteration_tokens_total_bucket le=8.0"] == 1
     assert found["vllm:prefix_cache_queries_total"] == 96
     assert found["vllm:prefix_cache_hits_total"] == 32
+    assert found["llmserve_host_cache_hits_total"] == 16
     assert found["vllm:num_preemptions_total"] == 2
     assert found["vllm:spec_decode_num_drafts_total"] == 5
     assert found["vllm:spec_decode_num_draft_tokens_total"] == 11
