@@ -22,6 +22,7 @@ from llmserve.ops.cuda.launchers import Launchers, of_library
 from llmserve.ops.cuda.library import open_library
 from llmserve.ops.cuda.lowering import Lowering
 from llmserve.ops.cuda.memory import MemoryProfile, largest_step, measure
+from llmserve.ops.cuda.offload import HostBlocks, host_blocks_in
 from llmserve.ops.cuda.paged_cache import DTYPES, PagedCache, at_once, check_block_size
 from llmserve.ops.cuda.projections import ProjectionLoader
 from llmserve.ops.cuda.sampling import Sampling
@@ -46,6 +47,7 @@ class CudaExecutor:
         self._config = config
         self._launchers = launchers
         self._cache_addresses: dict[int, Tensor] = {}
+        self._host: HostBlocks | None = None
         tape = TapeBuilder()
         forward(tape)
         weights = DeviceWeights(launchers.device, progress)
@@ -66,8 +68,8 @@ class CudaExecutor:
             first.heads, first.kv_heads, first.head_dim, tuple(sorted({spec.window for spec in specs}))
         )
         shapes = {op.layer: (op.spec.kv_heads, op.spec.head_dim) for op in lowering.attention}
-        self._cache = PagedCache(DTYPES[config.kv_cache_dtype], config.block_size, shapes)
-        self.builder = StepBuilder(launchers, config, shape, self._cache.layers)
+        self.cache = PagedCache(DTYPES[config.kv_cache_dtype], config.block_size, shapes)
+        self.builder = StepBuilder(launchers, config, shape, self.cache.layers)
         self._sampling = Sampling(launchers, config, lowering.vocab_size)
         is_gpu = launchers.device.type == "cuda"
         self._graphs = DecodeGraphs(self.program.run, graph_sizes(config.max_num_seqs) if is_gpu else [])
@@ -81,19 +83,26 @@ class CudaExecutor:
 
     def kv_bytes_per_block(self) -> int:
         """Bytes of one block over all layers."""
-        return self._cache.bytes_per_block()
+        return self.cache.bytes_per_block()
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Create the KV cache and the block pool. Raises `OutOfMemory`."""
-        self._cache.allocate(num_blocks, self.builder.device)
-        self._cache_addresses = self._cache.addresses()
-        self.block_pool = _C.BlockPool(num_blocks, self._config.block_size, int.from_bytes(os.urandom(16)))
+        """Create the KV cache, its part on the host and the block pool. Raises `OutOfMemory`."""
+        self._allocate(num_blocks, host_blocks_in(self._config.host_kv_cache_bytes, self.kv_bytes_per_block()))
+
+    def _allocate(self, num_blocks: int, num_host_blocks: int) -> None:
+        self.cache.allocate(num_blocks, self.builder.device)
+        self._cache_addresses = self.cache.addresses()
+        self._host = HostBlocks([*self.cache.tensors()], num_host_blocks) if num_host_blocks else None
+        key = int.from_bytes(os.urandom(16))
+        self.block_pool = _C.BlockPool(num_blocks, self._config.block_size, key, num_host_blocks)
 
     def launch(self, step: StepInput) -> None:
         """Enqueue the step, after the block copies that the pool has pending."""
         assert self.block_pool is not None, "allocate_kv comes first"
         with torch.inference_mode():
             inputs = self._sampling.send(step)
+            if self._host is not None:
+                self._host.apply(self.block_pool.take_transfers())
             self._copy_blocks(self.block_pool.take_copies())
             self.builder.sync_tables(self.block_pool, step.block_tables.tolist())
             self._sampling.start(self._logits(step), step, inputs)
@@ -114,14 +123,14 @@ class CudaExecutor:
         """With a cache of its own, which is given back."""
         tokens, longest = self._config.max_num_tokens, self._config.max_model_len
         lengths = [min(longest, tokens - first) for first in range(0, tokens, longest)]
-        self.allocate_kv(sum(-(-length // self._config.block_size) for length in lengths))
+        self._allocate(sum(-(-length // self._config.block_size) for length in lengths), num_host_blocks=0)
         assert self.block_pool is not None, "it was just made"
         handles = [self.block_pool.create() for _ in lengths]
         self.block_pool.reserve(handles, lengths)
         self.launch(largest_step(lengths, handles, max_logit_rows=self._config.max_logit_rows))
         self.collect()
         self.block_pool = None
-        self._cache.layers.clear()
+        self.cache.layers.clear()
 
     def _logits(self, step: StepInput) -> Tensor:
         num_rows = len(step.logit_rows)
