@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmserve.checkpoints.dequantize import dequantize
+from llmserve.errors import CheckpointError
 from llmserve.ops.cuda.int8_linear import MOST_INPUTS
 from llmserve.ops.cuda.launchers import Launchers
 from llmserve.ops.cuda.linear import Workspace, make_workspace
@@ -206,6 +207,9 @@ class ProjectionLoader:
             return Int8Projection(packed.outputs, bias, self._workspace, packed)
         if packed is not None:
             return QuantizedProjection(packed.outputs, bias, self._workspace, packed, self._deterministic)
+        if self._deterministic and weights[0].shape[1] % 8:
+            width = weights[0].shape[1]
+            raise CheckpointError(f"{weights[0].name}: {width} columns; deterministic products take a multiple of 8")
         dense = self._weights.rows(weights)
         if self._deterministic:
             return FixedProjection(len(dense), bias, self._workspace, dense)
