@@ -10,7 +10,7 @@ import pytest
 
 from llmserve.checkpoints.dequantize import dequantize
 from llmserve.checkpoints.dtypes import BLOCKS
-from llmserve.ops.cuda.packing import TILE, PackedWeight, pack, unpack
+from llmserve.ops.cuda.packing import TILE, PackedWeight, concatenate, pack, unpack
 from llmserve.types import CheckpointTensor
 from tests.ops.seeds import fresh_seed
 from tests.tiny.random_blocks import random_tensor
@@ -38,6 +38,23 @@ def test_what_is_packed_is_what_was_stored(dtype: str, blocks: int, rows: int) -
     np.testing.assert_array_equal(unpack(weight), dequantize(tensor), err_msg=f"seed {seed}")
     assert weight.codes.shape[:2] == ((rows + 31) // 32 * 2, (columns + TILE - 1) // TILE)
     assert (weight.bits == 4) == (dtype.startswith(("q4", "i4", "u4")))
+
+
+@pytest.mark.parametrize("dtype", ["q4_0", "u4_g64", "q6_k", "i8"])
+def test_pieces_make_the_whole(dtype: str) -> None:
+    columns = 512
+    tensor = random_tensor(np.random.default_rng(fresh_seed()), dtype, 75, columns)
+    row = len(tensor.data) // 75
+    pieces = [
+        packed(replace(tensor, shape=(last - first, columns), data=tensor.data[first * row : last * row]))
+        for first, last in ((0, 32), (32, 64), (64, 75))
+    ]
+    whole, joined = packed(tensor), concatenate(pieces)
+    assert (joined.outputs, joined.inputs, joined.group) == (75, columns, whole.group)
+    np.testing.assert_array_equal(joined.codes, whole.codes)
+    np.testing.assert_array_equal(joined.scales, whole.scales)
+    if whole.biases is not None:
+        np.testing.assert_array_equal(joined.biases, whole.biases)
 
 
 def test_each_code_lies_where_the_drawing_says() -> None:

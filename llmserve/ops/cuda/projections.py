@@ -7,7 +7,9 @@ What has no packed form is dequantized to bfloat16 once, when it is loaded.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
@@ -21,14 +23,16 @@ from llmserve.errors import CheckpointError
 from llmserve.ops.cuda.int8_linear import MOST_INPUTS
 from llmserve.ops.cuda.launchers import Launchers
 from llmserve.ops.cuda.linear import Workspace, make_workspace
-from llmserve.ops.cuda.packing import STRIP, STRIPS, PackedWeight, concatenate, pack
+from llmserve.ops.cuda.packing import STRIP, STRIPS, concatenate, pack
 from llmserve.ops.cuda.quantized_linear import QuantizedWeight, to_device
-from llmserve.ops.cuda.weights import DTYPE, DeviceWeights
+from llmserve.ops.cuda.weights import DTYPE, DeviceWeights, row_pieces
 from llmserve.types import CheckpointTensor
 
 MOST_TILED_ROWS: Final = 256
 """With more rows it is faster to dequantize the weights and let cuBLAS multiply."""
 _WORKSPACE_BYTES: Final = 32 << 20
+_PACKED_ROWS: Final = 32 * STRIP * STRIPS
+"""Of a weight that one thread packs at a time: whole pairs of strips."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,7 @@ class ProjectionLoader:
         self._weights = weights
         self._deterministic = deterministic
         self._workspace = make_workspace(_WORKSPACE_BYTES, weights.device)
+        self._packers = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), "pack")
 
     def is_int8(self, weight: CheckpointTensor) -> bool:
         """Whether the projection reads int8 rows."""
@@ -228,12 +233,12 @@ class ProjectionLoader:
     def _packed(self, weights: Sequence[CheckpointTensor]) -> QuantizedWeight | None:
         if _form(weights[0]) == "dense":
             return None
-        parts: list[PackedWeight] = []
+        pieces = [piece for weight in weights for _, piece in row_pieces(weight, _PACKED_ROWS * weight.shape[1])]
+        found = list(self._packers.map(pack, pieces))
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found):
+            return None
         for weight in weights:
-            part = pack(weight)
-            if part is None:
-                return None
-            parts.append(part)
             self._weights.was_read(weight)
         packed = to_device(parts[0] if len(parts) == 1 else concatenate(parts), self._weights.device)
         tensors = (packed.codes, packed.scales, packed.biases, packed.order)

@@ -19,6 +19,7 @@ from llmserve.types import CheckpointTensor
 DTYPE: Final = torch.bfloat16
 PIECE_BYTES: Final = 64 << 20
 """Of float32 values on the host at a time."""
+_STORED: Final = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _PHASE: Final = "loading weights to the GPU"
 
 
@@ -95,6 +96,15 @@ class DeviceWeights:
 
     def _fill(self, out: Tensor, tensor: CheckpointTensor) -> None:
         for first, piece in row_pieces(tensor, PIECE_BYTES // 4):
-            values = torch.from_numpy(np.ascontiguousarray(dequantize(piece)))
-            out[first : first + len(values)].copy_(values)
+            values = torch.from_numpy(np.ascontiguousarray(dequantize(piece))) if piece.order else _host_values(piece)
+            out[first : first + len(values)].copy_(values.to(self.device))
         self.was_read(tensor)
+
+
+def _host_values(piece: CheckpointTensor) -> Tensor:
+    """In the type it is stored in, where torch knows that: the device converts faster than the host."""
+    stored = _STORED.get(piece.dtype)
+    if stored is None:
+        return torch.from_numpy(np.ascontiguousarray(dequantize(piece)))
+    raw = np.frombuffer(piece.data, np.int32 if piece.dtype == "f32" else np.int16)
+    return torch.from_numpy(raw.copy()).view(stored).view(piece.shape)  # a copy: the mapping is read-only
