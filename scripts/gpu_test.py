@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-PYTEST: Final = (sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu")
+# Warnings are not errors there: the packages of such a machine are not those we lock.
+PYTEST: Final = (
+    sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-W", "default", "-m", "gpu",
+)  # fmt: skip
 SANITIZED: Final = "test_rms_norm or test_kv_append or attention or linear or test_act or test_sample"
 """Tests of single kernels: whole networks would take hours under the sanitizer."""
 

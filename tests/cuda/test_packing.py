@@ -8,6 +8,8 @@ from typing import Final
 import numpy as np
 import pytest
 
+pytest.importorskip("torch", reason="torch is not installed in this environment: make test-cuda")
+
 from llmserve.checkpoints.dequantize import dequantize
 from llmserve.checkpoints.dtypes import BLOCKS
 from llmserve.ops.cuda.packing import TILE, PackedWeight, concatenate, pack, unpack
