@@ -159,6 +159,17 @@ def test_steps_launched_ahead_yield_the_same_tokens(launchers: Launchers, tmp_pa
     assert greedy(executor, prompt, 12, ahead=True) == greedy(executor, prompt, 12, ahead=False)
 
 
+def test_every_step_is_progress(fast_launchers: Launchers, tmp_path: Path) -> None:
+    from llmserve import _C
+
+    executor, cell = load("llama", fast_launchers, tmp_path), _C.ProgressCell("", True)
+    executor.attach_progress(cell)
+    executor.launch(make_step([Piece(new_sequence(executor, 3), [1, 2, 3], 0)], num_logprobs=-1))
+    launched = cell.value
+    executor.collect()
+    assert cell.value > launched > 0
+
+
 def test_copied_blocks_hold_what_their_sources_did(launchers: Launchers, tmp_path: Path) -> None:
     executor, prompt = load("llama", launchers, tmp_path), tiny_golden("llama").prompt
     expected = logprobs(executor, prompt, (41,))

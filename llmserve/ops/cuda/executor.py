@@ -48,6 +48,7 @@ class CudaExecutor:
         self._launchers = launchers
         self._cache_addresses: dict[int, Tensor] = {}
         self._host: HostBlocks | None = None
+        self._progress: _C.ProgressCell | None = None
         tape = TapeBuilder()
         forward(tape)
         weights = DeviceWeights(launchers.device, progress)
@@ -96,9 +97,14 @@ class CudaExecutor:
         key = int.from_bytes(os.urandom(16))
         self.block_pool = _C.BlockPool(num_blocks, self._config.block_size, key, num_host_blocks)
 
+    def attach_progress(self, cell: _C.ProgressCell) -> None:
+        """Count steps in `cell`: each when it is launched and when it is done. A step that runs is not aborted."""
+        self._progress = cell
+
     def launch(self, step: StepInput) -> None:
         """Enqueue the step, after the block copies that the pool has pending."""
         assert self.block_pool is not None, "allocate_kv comes first"
+        self._bump()
         with torch.inference_mode():
             inputs = self._sampling.send(step)
             if self._host is not None:
@@ -108,8 +114,14 @@ class CudaExecutor:
             self._sampling.start(self._logits(step), step, inputs)
 
     def collect(self) -> StepOutput:
-        """Wait for the step launched last."""
-        return self._sampling.finish()
+        """Wait for the oldest step that was launched and not collected."""
+        output = self._sampling.finish()
+        self._bump()
+        return output
+
+    def _bump(self) -> None:
+        if self._progress is not None:
+            self._progress.bump()
 
     def _copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Source to target in every cache tensor."""
