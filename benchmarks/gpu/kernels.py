@@ -11,13 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.timing import Ceilings, num_copies, seconds
-from llmserve.ops.cuda.decode_attention import AttentionRule, SplitWork, SplitWorkspace, choose_split, plan_work
+from llmserve.ops.cuda.decode_attention import (
+    AttentionRule,
+    SplitWork,
+    SplitWorkspace,
+    choose_split,
+    ctas_per_sm,
+    plan_work,
+)
 from llmserve.ops.cuda.kv_cache import KvCache
 from llmserve.ops.cuda.launchers import Launchers, of_library
 from llmserve.ops.cuda.library import open_library
 from llmserve.ops.cuda.linear import make_workspace
 from llmserve.ops.cuda.quantized_linear import QuantizedWeight
-from llmserve.ops.cuda.step import CTAS_OF_SM
 
 HEADS: Final = 32
 KV_HEADS: Final = 8
@@ -54,7 +60,7 @@ def attention(launchers: Launchers, limits: Ceilings, batch: int, context: int) 
 
     def attend(cache: KvCache) -> None:
         launchers.decode_attention(
-            q, out, cache, tables, seq_lens, split, workspace, rule, num_ctas=CTAS_OF_SM * num_sms
+            q, out, cache, tables, seq_lens, split, workspace, rule, num_ctas=num_sms * ctas_per_sm(cache)
         )
 
     ours = seconds([partial(attend, cache) for cache in caches])

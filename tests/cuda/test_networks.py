@@ -11,10 +11,10 @@ import pytest
 from llmserve.config import ExecutorConfig
 from llmserve.errors import CheckpointError
 from llmserve.ops import Forward
-from llmserve.ops.protocol import AttentionSpec, ExpertsSpec, Ops, RouterSpec, Value
+from llmserve.ops.protocol import AttentionSpec, ExpertsSpec, Ops, RopeSpec, RouterSpec, Value
 from llmserve.types import CheckpointTensor
 from tests.ops.bounds import op_bound
-from tests.ops.networks import MAX_LEN, NETWORKS, QUANTIZED, VOCAB, Maker, WeightType
+from tests.ops.networks import MAX_LEN, NETWORKS, QUANTIZED, VOCAB, Maker, Network, WeightType, _attention
 from tests.ops.op_running import CHUNKS, NUM_TOKENS, Logits, deviation, draw, reference_logits
 from tests.ops.running import Piece, make_step, new_sequence
 from tests.ops.seeds import fresh_seed
@@ -137,3 +137,45 @@ def test_mixtures_agree_with_the_reference(style: str, weight_type: WeightType, 
     errors = np.abs(measured - expected).max(axis=1) / expected.std()
     assert np.sort(errors)[-3] <= op_bound("bf16", gemms=8, attends=False).max
     assert np.median(errors) <= op_bound("bf16", gemms=8, attends=False).max / 2
+
+
+@pytest.mark.parametrize("head_dim", [20, 288])
+def test_heads_that_the_kernels_do_not_take(head_dim: int, triton_device: device) -> None:
+    from llmserve.ops.cuda.launchers import of_library
+    from llmserve.ops.cuda.library import open_library
+    from tests.cuda.emulation import torch_launchers
+
+    launchers = of_library(open_library()) if triton_device.type == "cuda" else torch_launchers()
+    seed = fresh_seed()
+    network = Network(_attention(head_dim=head_dim, sinks=True, softcap=0.8), gemms=5, attends=True)
+    forward, token_ids = draw(network, seed, "bf16")
+    found = deviation(cuda_logits(forward, token_ids, launchers), reference_logits(forward, token_ids))
+    bound = op_bound("bf16", gemms=ROUNDINGS * network.gemms, attends=True)
+    assert bound.holds(found), f"seed={seed}: {found} exceeds {bound}"
+    with pytest.raises(CheckpointError, match=f"heads of {head_dim} channels in a KV cache other than bf16"):
+        cuda_logits(forward, token_ids, launchers, kv_cache_dtype="int8")
+
+
+def test_queries_that_are_no_projections_of_their_own(launchers: Launchers) -> None:
+    """A norm over all heads, one projection cut into three: what the kernel of the cache cannot do comes before it."""
+    seed = fresh_seed()
+
+    def build(maker: Maker) -> Forward:
+        table, head = maker.table(VOCAB, maker.hidden), maker.matrix(VOCAB, maker.hidden)
+        qkv, out = maker.matrix(128 + 64 + 64, maker.hidden), maker.matrix(maker.hidden, 128)
+        weight, spec = maker.vector(128, around=1.0), AttentionSpec(heads=4, kv_heads=2, head_dim=32, scale=0.2)
+        rope = RopeSpec("half", 32, 100.0 ** (-np.arange(0, 32, 2, dtype=np.float64) / 32))
+
+        def forward(ops: Ops) -> Value:
+            x = ops.embed(table)
+            q, k, v = ops.split(ops.linear(x, qkv), [128, 64, 64])
+            q = ops.rope(ops.norm(q, weight, kind="rms", eps=1e-5), rope, heads=4)
+            a = ops.attention(q, ops.rope(k, rope, heads=2), v, spec, layer=0)
+            return ops.logits(ops.linear(a, out, residual=x), head)
+
+        return forward
+
+    network = Network(build, gemms=5, attends=True)
+    forward, token_ids = draw(network, seed, "bf16")
+    found = deviation(cuda_logits(forward, token_ids, launchers), reference_logits(forward, token_ids))
+    assert op_bound("bf16", gemms=ROUNDINGS * network.gemms, attends=True).holds(found), f"seed={seed}: {found}"

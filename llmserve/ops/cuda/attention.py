@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmserve.ops.cuda import decode_attention, prefill_attention
 from llmserve.ops.cuda.decode_attention import AttentionRule, SplitWorkspace
 from llmserve.ops.cuda.kv_append import HeadNorm, Rotation
 from llmserve.ops.cuda.step import DeviceStep
@@ -43,12 +44,44 @@ class Attention:
             )
             launchers.decode_attention(
                 q[:decodes].view(heads), out[:decodes].view(heads), cache, step.block_tables[:decodes],
-                step.seq_lens[:decodes], split, workspace, rule, num_ctas=step.num_ctas,
+                step.seq_lens[:decodes], split, workspace, rule,
+                num_ctas=step.num_sms * decode_attention.ctas_per_sm(cache),
             )  # fmt: skip
         if step.prefill is not None:
             launchers.prefill_attention(
                 q[decodes:].view(heads), out[decodes:].view(heads), cache, step.block_tables[decodes:],
                 step.prefill.query_start, step.seq_lens[decodes:], step.prefill.queries, rule,
-                num_ctas=step.num_ctas, fold_tokens=self.fold_tokens,
+                num_ctas=step.num_sms * prefill_attention.ctas_per_sm(cache, self.fold_tokens),
+                fold_tokens=self.fold_tokens, is_bidirectional=spec.mask == "bidirectional",
             )  # fmt: skip
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class FallbackAttention:
+    """One layer whose heads the kernels do not take: norm and rotation come before it, attention is Triton's."""
+
+    spec: AttentionSpec
+    layer: int
+    sinks: Tensor | None  # float32 [heads]
+
+    def __call__(self, step: DeviceStep, qkv: Tensor) -> Tensor:
+        """As `Attention`, for steps without decodes of their own and without padding."""
+        from llmserve.ops.cuda.fallback_attention import paged_attention  # Triton, which other networks do not need
+
+        spec, cache = self.spec, step.caches[self.layer]
+        assert step.prefill is not None, "no sequence counts as a decode here"
+        q, k, v = (part.unflatten(1, (-1, spec.head_dim)) for part in self._split(qkv))
+        block, offset = step.slots // cache.block_size, step.slots % cache.block_size
+        cache.k[block, :, offset], cache.v[block, :, offset] = k, v
+        out = torch.empty((len(qkv), spec.heads, spec.head_dim), dtype=DTYPE, device=qkv.device)
+        paged_attention(
+            q, cache.k, cache.v, out, block_tables=step.block_tables, seq_lens=step.seq_lens,
+            query_start=step.prefill.query_start, scale=spec.scale, softcap=spec.softcap, window=spec.window,
+            sinks=self.sinks, causal=spec.mask == "causal",
+        )  # fmt: skip
+        return out.flatten(1)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        widths = [heads * self.spec.head_dim for heads in (self.spec.heads, self.spec.kv_heads, self.spec.kv_heads)]
+        return tuple(part.contiguous() for part in qkv.split(widths, dim=1))

@@ -58,22 +58,29 @@ class CudaExecutor:
             ProjectionLoader(weights, deterministic=config.deterministic),
             max_positions=config.max_model_len,
             deterministic=config.deterministic,
+            cache_dtype=DTYPES[config.kv_cache_dtype],
         )
         with torch.inference_mode():
             self.program = lowering.run()
         weights.finish()
         self.weight_bytes = weights.num_bytes
         specs = [op.spec for op in lowering.attention]
-        first = specs[0]
+        takes_kernels = all(lowering.takes_kernels(spec) for spec in specs)
         shape = AttentionShape(
-            first.heads, first.kv_heads, first.head_dim, tuple(sorted({spec.window for spec in specs}))
+            specs[0].heads,
+            specs[0].kv_heads,
+            specs[0].head_dim,
+            windows=tuple(sorted({spec.window for spec in specs})),
+            has_decodes=takes_kernels,
         )
         shapes = {op.layer: (op.spec.kv_heads, op.spec.head_dim) for op in lowering.attention}
         self.cache = PagedCache(DTYPES[config.kv_cache_dtype], config.block_size, shapes)
         self.builder = StepBuilder(launchers, config, shape, self.cache.layers)
         self._sampling = Sampling(launchers, config, lowering.vocab_size)
         is_gpu = launchers.device.type == "cuda"
-        self._graphs = DecodeGraphs(self.program.run, graph_sizes(config.max_num_seqs) if is_gpu else [])
+        self._graphs = DecodeGraphs(
+            self.program.run, graph_sizes(config.max_num_seqs) if is_gpu and takes_kernels else []
+        )
         self._memory: MemoryProfile | None = None
 
     def free_bytes(self) -> int:
@@ -131,8 +138,8 @@ class CudaExecutor:
             for block_bytes, tensors in self._cache_addresses.items():
                 self._launchers.copy_blocks(where, count, tensors, block_bytes=block_bytes)
 
-    def _run_largest_step(self) -> None:
-        """With a cache of its own, which is given back."""
+    def _run_largest_step(self) -> int:
+        """With a cache of its own, which is given back; its bytes."""
         tokens, longest = self._config.max_num_tokens, self._config.max_model_len
         lengths = [min(longest, tokens - first) for first in range(0, tokens, longest)]
         self._allocate(sum(-(-length // self._config.block_size) for length in lengths), num_host_blocks=0)
@@ -141,8 +148,10 @@ class CudaExecutor:
         self.block_pool.reserve(handles, lengths)
         self.launch(largest_step(lengths, handles, max_logit_rows=self._config.max_logit_rows))
         self.collect()
+        cache_bytes = self.kv_bytes_per_block() * self.block_pool.num_blocks
         self.block_pool = None
         self.cache.layers.clear()
+        return cache_bytes
 
     def _logits(self, step: StepInput) -> Tensor:
         num_rows = len(step.logit_rows)

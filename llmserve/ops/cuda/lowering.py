@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
 
 from llmserve.errors import CheckpointError
 from llmserve.ops import tape as t
 from llmserve.ops.cuda import nodes as n
-from llmserve.ops.cuda.attention import Attention
+from llmserve.ops.cuda.attention import Attention, FallbackAttention
 from llmserve.ops.cuda.kv_append import HeadNorm, Rotation
+from llmserve.ops.cuda.kv_cache import MOST_HEAD_DIM
 from llmserve.ops.cuda.projections import DenseProjection, Projection, ProjectionLoader
 from llmserve.ops.cuda.step import DETERMINISTIC_SPLIT
-from llmserve.ops.cuda.weights import DeviceWeights
-from llmserve.ops.protocol import RopeSpec
-
-MAX_HEAD_DIM: Final = 256
+from llmserve.ops.cuda.weights import DTYPE, DeviceWeights
+from llmserve.ops.protocol import AttentionSpec, RopeSpec
 
 
 def refuse(what: str) -> NoReturn:
@@ -53,6 +53,7 @@ class Lowering:
     loader: ProjectionLoader
     max_positions: int
     deterministic: bool
+    cache_dtype: torch.dtype
     attention: list[t.AttentionOp] = field(default_factory=list)
     _nodes: list[n.Node] = field(default_factory=list)
     _numbers: dict[t.TapeOp, int] = field(default_factory=dict)
@@ -90,7 +91,7 @@ class Lowering:
     def _mark(self, op: t.TapeOp) -> None:
         match op:
             case t.AttentionOp():
-                heads = [self._head(value) for value in op.inputs]
+                heads = [self._head(value) for value in op.inputs] if self.takes_kernels(op.spec) else [None]
                 found = [head for head in heads if head is not None]
                 if len(found) == len(heads) and _one_transform(found):
                     self._heads[op] = found
@@ -207,11 +208,11 @@ class Lowering:
 
     def _attention(self, op: t.AttentionOp) -> n.AttentionNode:
         spec = op.spec
-        if spec.kv_group != "full" or spec.mask != "causal":
-            refuse("attention other than causal over the cache of all positions")
-        if spec.head_dim % 8 or spec.head_dim > MAX_HEAD_DIM:
-            refuse(f"heads of {spec.head_dim} channels")
+        if spec.kv_group != "full":
+            refuse(f"attention of a KV group other than 'full': {spec.kv_group}")
         self.attention.append(op)
+        if not self.takes_kernels(spec):
+            return self._fallback(op)
         heads = self._heads.get(op, [])
         projections, sources = self._projections(heads)
         attention = Attention(
@@ -224,6 +225,19 @@ class Lowering:
         )
         producers = sources or [value.producer for value in op.inputs]
         return n.AttentionNode(**self._place(op, *producers), attention=attention, projections=projections)
+
+    def takes_kernels(self, spec: AttentionSpec) -> bool:
+        """Whether the attention kernels take such heads."""
+        return spec.head_dim % (16 // self.cache_dtype.itemsize) == 0 and spec.head_dim <= MOST_HEAD_DIM
+
+    def _fallback(self, op: t.AttentionOp) -> n.AttentionNode:
+        if self.cache_dtype != DTYPE:
+            refuse(f"heads of {op.spec.head_dim} channels in a KV cache other than bf16")
+        if self.deterministic:
+            refuse(f"heads of {op.spec.head_dim} channels with --deterministic")
+        sinks = None if op.spec.sinks is None else self.weights.vector(op.spec.sinks)
+        place = self._place(op, *(value.producer for value in op.inputs))
+        return n.AttentionNode(**place, attention=FallbackAttention(op.spec, op.layer, sinks))
 
     def _projections(self, heads: list[_Head]) -> tuple[list[Projection], list[t.TapeOp]]:
         """The projections of Q, K and V, those of one input together where their weights allow it."""

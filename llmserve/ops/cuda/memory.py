@@ -25,15 +25,15 @@ class MemoryProfile:
     """Left for the KV cache beside them."""
 
 
-def measure(run: Callable[[], None], device: torch.device) -> MemoryProfile:
-    """Run the largest step, and say what it took and what is left."""
+def measure(run: Callable[[], int], device: torch.device) -> MemoryProfile:
+    """Run the largest step, and say what it took and what is left. `run` returns what a KV cache of its own took."""
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run()
+    cache_bytes = run()
     torch.cuda.synchronize(device)
-    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    step_bytes = torch.cuda.max_memory_allocated(device) - before - cache_bytes
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return MemoryProfile(step_bytes, max(0, free - step_bytes - GRAPH_BYTES))

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmserve.ops.cuda.attention import Attention
+from llmserve.ops.cuda.attention import Attention, FallbackAttention
 from llmserve.ops.cuda.kv_append import Rotation
 from llmserve.ops.cuda.projections import Projection, QuantizedRows, Rows, operand
 from llmserve.ops.cuda.step import DeviceStep
@@ -210,12 +210,14 @@ class RopeNode(Node):
 class AttentionNode(Node):
     """Inputs: what the projections read, one for each of them; without projections queries, keys and values."""
 
-    attention: Attention
+    attention: Attention | FallbackAttention
     projections: list[Projection] = field(default_factory=list)
 
     def run(self, step: DeviceStep, *x: Rows) -> Rows:
-        parts = [linear(step.launchers, part) for linear, part in zip(self.projections, x, strict=True)]
-        parts = parts or [plain(part) for part in x]
+        if self.projections:
+            parts = [linear(step.launchers, part) for linear, part in zip(self.projections, x, strict=True)]
+        else:
+            parts = [operand(part) for part in x]
         return self.attention(step, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
 
 

@@ -26,8 +26,6 @@ from llmserve.ops.protocol import StepInput
 
 SPARE_WORK: Final = 2048
 """Splits beyond one for each sequence: `choose_split` makes fewer than four for each multiprocessor."""
-CTAS_OF_SM: Final = 2
-"""Blocks of attention that are at work on a multiprocessor at a time."""
 DETERMINISTIC_SPLIT: Final = 256
 _EMULATED_SMS: Final = 4
 _TABLE_CHANGES: Final = 1 << 16
@@ -59,8 +57,8 @@ class DeviceStep:
     decode: Mapping[int, SplitWork]
     """By attention window; empty without decodes."""
     prefill: PrefillWork | None
-    num_ctas: int
-    """Blocks that go through the work of attention."""
+    num_sms: int
+    """Multiprocessors of the GPU."""
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +74,8 @@ class AttentionShape:
     head_dim: int
     windows: tuple[int, ...]
     """Each that some layer has, ascending."""
+    has_decodes: bool
+    """Whether sequences of one token go to decode attention."""
 
     @property
     def group(self) -> int:
@@ -132,7 +132,7 @@ class StepBuilder:
         """
         lengths = np.diff(step.query_start)
         others = np.flatnonzero(lengths != 1)
-        num_decodes = int(others[0]) if len(others) else len(lengths)
+        num_decodes = (int(others[0]) if len(others) else len(lengths)) if self._shape.has_decodes else 0
         padding = max(0, pad_to - len(lengths))
         tokens = [_padded(step.token_ids, padding, 0), _padded(step.positions, padding, 0)]
         slots = _padded(self._slots(step, lengths), padding, -1)
@@ -160,7 +160,7 @@ class StepBuilder:
             block_tables=self._tables[: len(seq_lens)],
             decode=self._decode_work(work[: len(decode)]),
             prefill=_prefill_work(*work[len(decode) :]) if prefill else None,
-            num_ctas=CTAS_OF_SM * self._num_sms,
+            num_sms=self._num_sms,
         )
 
     def _slots(self, step: StepInput, lengths: NDArray[Any]) -> NDArray[np.int64]:
