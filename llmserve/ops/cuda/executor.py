@@ -23,7 +23,7 @@ from llmserve.ops.cuda.library import open_library
 from llmserve.ops.cuda.lowering import Lowering
 from llmserve.ops.cuda.memory import MemoryProfile, largest_step, measure
 from llmserve.ops.cuda.offload import HostBlocks, host_blocks_in
-from llmserve.ops.cuda.paged_cache import DTYPES, PagedCache, at_once, check_block_size
+from llmserve.ops.cuda.paged_cache import DTYPES, PagedCache, check_block_size
 from llmserve.ops.cuda.projections import ProjectionLoader
 from llmserve.ops.cuda.sampling import Sampling
 from llmserve.ops.cuda.step import AttentionShape, StepBuilder
@@ -131,12 +131,13 @@ class CudaExecutor:
             self._progress.bump()
 
     def _copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Source to target in every cache tensor."""
-        for group in at_once(pairs):
-            where = torch.tensor(group, device=self.builder.device)
-            count = torch.tensor([len(group)], dtype=torch.int32, device=self.builder.device)
-            for block_bytes, tensors in self._cache_addresses.items():
-                self._launchers.copy_blocks(where, count, tensors, block_bytes=block_bytes)
+        """Source to target in every cache tensor; the pool's copies may be done in any order."""
+        if not pairs:
+            return
+        where = torch.tensor(pairs, device=self.builder.device)
+        count = torch.tensor([len(pairs)], dtype=torch.int32, device=self.builder.device)
+        for block_bytes, tensors in self._cache_addresses.items():
+            self._launchers.copy_blocks(where, count, tensors, block_bytes=block_bytes)
 
     def _run_largest_step(self) -> int:
         """With a cache of its own, which is given back; its bytes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -74,20 +74,3 @@ def check_block_size(block_size: int) -> None:
         raise InvalidRequest(
             f"block_size: {block_size}; on CUDA it is a power of two, 8 at the least", param="block_size"
         )
-
-
-def at_once(copies: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Copies of blocks, which are meant one after the other, as groups whose copies may run side by side.
-
-    A copy of what an earlier one of the group writes becomes a copy of its source.
-    """
-    groups: list[list[tuple[int, int]]] = []
-    origin: dict[int, int] = {}
-    for source, target in copies:
-        source = origin.get(source, source)
-        if not groups or target in origin or target in origin.values():
-            groups.append([])
-            origin = {}
-        groups[-1].append((source, target))
-        origin[target] = source
-    return groups
