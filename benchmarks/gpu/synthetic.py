@@ -17,6 +17,8 @@ from llmserve.ops.protocol import Ops, Value
 from llmserve.types import CheckpointTensor
 
 Storage = Literal["bf16", "i4_g128"]
+_DRAWN: Final = (1 << 22) + 77
+"""Values that are drawn; larger matrices repeat them, no row like another."""
 LLAMA3_8B: Final = ModelConfig(
     architecture="llama",
     vocab_size=128256,
@@ -51,14 +53,14 @@ class _Weights:
 
 def _bf16(random: np.random.Generator, shape: tuple[int, int]) -> memoryview:
     """Values around zero of a magnitude that keeps activations finite."""
-    values = random.standard_normal(shape, dtype=np.float32) * np.float32(shape[1] ** -0.5)
-    return memoryview((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    drawn = random.standard_normal(_DRAWN, dtype=np.float32) * np.float32(shape[1] ** -0.5)
+    return memoryview(np.resize((drawn.view(np.uint32) >> 16).astype(np.uint16), shape).tobytes())
 
 
 def _int4(random: np.random.Generator, shape: tuple[int, int]) -> memoryview:
     """Groups of 128: a float16 scale, then 64 bytes of codes."""
     groups = shape[0] * shape[1] // 128
-    blocks = random.integers(0, 256, (groups, 66), np.uint8)
+    blocks = np.resize(random.integers(0, 256, (_DRAWN // 66, 66), np.uint8), (groups, 66))
     blocks[:, :2] = np.frombuffer(np.float16(0.2 * shape[1] ** -0.5).tobytes(), np.uint8)
     return memoryview(blocks.tobytes())
 

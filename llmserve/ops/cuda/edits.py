@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmserve.ops.cuda.upload import send_once
 from llmserve.ops.protocol import SamplingState, StepInput
 
 SEEN: Final = 1
@@ -130,12 +131,9 @@ def typical_ps(step: StepInput) -> Float32s | None:
 
 def to_device(edits: Edits, device: torch.device) -> DeviceEdits:
     """Copies of the arrays."""
-
-    def bring(values: NDArray[Any]) -> Tensor:
-        signed = values.view(np.int32) if values.dtype == np.uint32 else values
-        return torch.from_numpy(np.ascontiguousarray(signed)).to(device)
-
-    return DeviceEdits(**{name: bring(getattr(edits, name)) for name in Edits.__dataclass_fields__})
+    names = list(Edits.__dataclass_fields__)
+    tensors = send_once([getattr(edits, name) for name in names], device)
+    return DeviceEdits(**dict(zip(names, tensors, strict=True)))
 
 
 def _starts(sizes: Any) -> Int32s:

@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmserve import _C
 from llmserve.config import ExecutorConfig, ModelConfig
 from llmserve.errors import InvalidRequest
 from llmserve.ops import Forward, Progress
-from llmserve.ops.cuda.graphs import DecodeGraphs, graph_sizes
+from llmserve.ops.cuda.graphs import DecodeGraphs
 from llmserve.ops.cuda.launchers import Launchers, of_library
 from llmserve.ops.cuda.library import open_library
 from llmserve.ops.cuda.lowering import Lowering
-from llmserve.ops.cuda.memory import MemoryProfile, largest_step, measure
+from llmserve.ops.cuda.memory import MemoryProfile, largest_step, measure, out_of_memory
 from llmserve.ops.cuda.offload import HostBlocks, host_blocks_in
 from llmserve.ops.cuda.paged_cache import DTYPES, PagedCache, check_block_size
 from llmserve.ops.cuda.projections import ProjectionLoader
 from llmserve.ops.cuda.sampling import Sampling
 from llmserve.ops.cuda.step import AttentionShape, StepBuilder
+from llmserve.ops.cuda.upload import send_once
 from llmserve.ops.cuda.weights import DeviceWeights
 from llmserve.ops.protocol import StepInput, StepOutput
+from llmserve.ops.reference import empty_step
 from llmserve.ops.tape import TapeBuilder
 from llmserve.types import WeightsOrigin
 
@@ -60,16 +65,17 @@ class CudaExecutor:
             deterministic=config.deterministic,
             cache_dtype=DTYPES[config.kv_cache_dtype],
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), out_of_memory("the weights do not fit on the GPU"):
             self.program = lowering.run()
         weights.finish()
         self.weight_bytes = weights.num_bytes
         specs = [op.spec for op in lowering.attention]
         takes_kernels = all(lowering.takes_kernels(spec) for spec in specs)
+        first = next((spec for spec in specs if lowering.takes_kernels(spec)), specs[0])
         shape = AttentionShape(
-            specs[0].heads,
-            specs[0].kv_heads,
-            specs[0].head_dim,
+            first.heads,
+            first.kv_heads,
+            first.head_dim,
             windows=tuple(sorted({spec.window for spec in specs})),
             has_decodes=takes_kernels,
         )
@@ -77,16 +83,17 @@ class CudaExecutor:
         self.cache = PagedCache(DTYPES[config.kv_cache_dtype], config.block_size, shapes)
         self.builder = StepBuilder(launchers, config, shape, self.cache.layers)
         self._sampling = Sampling(launchers, config, lowering.vocab_size)
-        is_gpu = launchers.device.type == "cuda"
-        self._graphs = DecodeGraphs(
-            self.program.run, graph_sizes(config.max_num_seqs) if is_gpu and takes_kernels else []
-        )
+        self._has_graphs = launchers.device.type == "cuda" and takes_kernels
+        self.graphs = DecodeGraphs(self.program.run, config.max_num_seqs, lowering.vocab_size)
         self._memory: MemoryProfile | None = None
 
     def free_bytes(self) -> int:
         """What the KV cache may take of the GPU's memory, beside weights and the largest step."""
         if self._memory is None:
-            self._memory = measure(self._run_largest_step, self.builder.device)
+            with out_of_memory(
+                "the largest step does not fit on the GPU beside the weights; lower max_num_batched_tokens"
+            ):
+                self._memory = measure(self._run_largest_step, self.builder.device)
         return self._memory.free_bytes
 
     def kv_bytes_per_block(self) -> int:
@@ -94,10 +101,17 @@ class CudaExecutor:
         return self.cache.bytes_per_block()
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Create the KV cache, its part on the host and the block pool. Raises `OutOfMemory`."""
+        """Create the KV cache, its part on the host and the block pool, and the graphs of steps on them.
+
+        Raises `OutOfMemory`.
+        """
         self._allocate(num_blocks, host_blocks_in(self._config.host_kv_cache_bytes, self.kv_bytes_per_block()))
+        if self._has_graphs:
+            with torch.inference_mode():
+                self.graphs.capture(lambda size: self.builder.build(empty_step(), pad_to=size))
 
     def _allocate(self, num_blocks: int, num_host_blocks: int) -> None:
+        self.graphs.clear()  # they read the cache that was
         self.cache.allocate(num_blocks, self.builder.device)
         self._cache_addresses = self.cache.addresses()
         self._host = HostBlocks([*self.cache.tensors()], num_host_blocks) if num_host_blocks else None
@@ -134,15 +148,15 @@ class CudaExecutor:
         """Source to target in every cache tensor; the pool's copies may be done in any order."""
         if not pairs:
             return
-        where = torch.tensor(pairs, device=self.builder.device)
-        count = torch.tensor([len(pairs)], dtype=torch.int32, device=self.builder.device)
+        arrays: list[NDArray[Any]] = [np.array(pairs, np.int64), np.array([len(pairs)], np.int32)]
+        where, count = send_once(arrays, self.builder.device)
         for block_bytes, tensors in self._cache_addresses.items():
             self._launchers.copy_blocks(where, count, tensors, block_bytes=block_bytes)
 
     def _run_largest_step(self) -> int:
         """With a cache of its own, which is given back; its bytes."""
         tokens, longest = self._config.max_num_tokens, self._config.max_model_len
-        lengths = [min(longest, tokens - first) for first in range(0, tokens, longest)]
+        lengths = [min(longest, tokens - first) for first in range(0, tokens, longest)][: self._config.max_num_seqs]
         self._allocate(sum(-(-length // self._config.block_size) for length in lengths), num_host_blocks=0)
         assert self.block_pool is not None, "it was just made"
         handles = [self.block_pool.create() for _ in lengths]
@@ -157,10 +171,10 @@ class CudaExecutor:
     def _logits(self, step: StepInput) -> Tensor:
         num_rows = len(step.logit_rows)
         is_decode = num_rows == len(step.token_ids) == len(step.seq_lens)
-        size = self._graphs.size_for(num_rows) if is_decode else 0
+        size = self.graphs.size_for(num_rows) if is_decode and self.builder.fits_graph(step.seq_lens) else 0
         previous = self._sampling.last_token_ids if len(step.previous_rows) else None
         device_step = self.builder.build(step, previous, pad_to=size)
-        return self._graphs.replay(device_step)[:num_rows] if size else self.program.run(device_step)
+        return self.graphs.replay(device_step)[:num_rows] if size else self.program.run(device_step)
 
 
 def build(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import torch
@@ -21,10 +21,14 @@ from llmserve.ops.cuda import nodes as n
 from llmserve.ops.cuda.attention import Attention, FallbackAttention
 from llmserve.ops.cuda.kv_append import HeadNorm, Rotation
 from llmserve.ops.cuda.kv_cache import MOST_HEAD_DIM
+from llmserve.ops.cuda.prefill_attention import query_rows
 from llmserve.ops.cuda.projections import DenseProjection, Projection, ProjectionLoader
 from llmserve.ops.cuda.step import DETERMINISTIC_SPLIT
 from llmserve.ops.cuda.weights import DTYPE, DeviceWeights
 from llmserve.ops.protocol import AttentionSpec, RopeSpec
+
+MOST_FALLBACK_DIM: Final = 512
+"""Of heads: what Triton's attention keeps in registers."""
 
 
 def refuse(what: str) -> NoReturn:
@@ -84,6 +88,10 @@ class Lowering:
                 self._nodes.append(self._lower(op))
         if not self.attention:
             refuse("networks without attention")
+        specs = [op.spec for op in self.attention if self.takes_kernels(op.spec)]
+        # Tiles of queries are planned once for all layers.
+        if len({(spec.heads // spec.kv_heads, query_rows(spec.head_dim)) for spec in specs}) > 1:
+            refuse("layers that differ in query heads per KV head, or in the width of heads across 128")
         return n.Program(_fuse_norms(self._nodes, first_free=len(self.ops) + 2))
 
     # What is fused into a later op is marked before anything is lowered.
@@ -155,6 +163,8 @@ class Lowering:
             case t.AttentionOp():
                 return self._attention(op)
             case t.MoeOp():
+                if self.deterministic:
+                    refuse("mixtures of experts with --deterministic")
                 from llmserve.ops.cuda.moe_layer import moe_layer  # Triton, which no other network needs
 
                 return n.MoeNode(**place, layer=moe_layer(op.router, op.experts, self.weights))
@@ -235,6 +245,8 @@ class Lowering:
             refuse(f"heads of {op.spec.head_dim} channels in a KV cache other than bf16")
         if self.deterministic:
             refuse(f"heads of {op.spec.head_dim} channels with --deterministic")
+        if op.spec.head_dim > MOST_FALLBACK_DIM:
+            refuse(f"heads of {op.spec.head_dim} channels")
         sinks = None if op.spec.sinks is None else self.weights.vector(op.spec.sinks)
         place = self._place(op, *(value.producer for value in op.inputs))
         return n.AttentionNode(**place, attention=FallbackAttention(op.spec, op.layer, sinks))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
 
+from llmserve.errors import OutOfMemory
 from llmserve.ops.protocol import StepInput
 
 GRAPH_BYTES: Final = 512 << 20
@@ -23,6 +25,15 @@ class MemoryProfile:
     """Most that a step's activations take."""
     free_bytes: int
     """Left for the KV cache beside them."""
+
+
+@contextmanager
+def out_of_memory(message: str) -> Iterator[None]:
+    """Turns torch's error into `OutOfMemory`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(message) from error
 
 
 def measure(run: Callable[[], int], device: torch.device) -> MemoryProfile:

@@ -142,11 +142,21 @@ class QuantizedProjection(KernelProjection):
             return
         matrix = torch.empty((self.weight.outputs, self.weight.inputs), dtype=DTYPE, device=rows.device)
         launchers.dequantize(self.weight, matrix)
-        dense = DenseProjection(matrix, self.bias)
         if residual is not None:
-            dense.add_to(launchers, rows, residual)
+            DenseProjection(matrix, self.bias).add_to(launchers, rows, residual)
         else:
-            out.copy_(dense.floats(launchers, rows) if out.dtype == torch.float32 else dense(launchers, rows))
+            self._multiply_dense(rows, matrix, out)
+
+    def _multiply_dense(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
+        """Into `out` itself: of a long prompt it is the largest thing there is."""
+        if out.dtype == DTYPE:
+            torch.mm(x, matrix.T, out=out)
+        elif x.is_cuda:
+            torch.mm(x, matrix.T, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(x.float(), matrix.float().T, out=out)
+        if self.bias is not None:
+            out += self.bias
 
     def _ordered(self, launchers: Launchers, x: Tensor) -> Tensor:
         if self.weight.order is None:

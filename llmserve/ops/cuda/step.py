@@ -28,6 +28,7 @@ SPARE_WORK: Final = 2048
 """Splits beyond one for each sequence: `choose_split` makes fewer than four for each multiprocessor."""
 DETERMINISTIC_SPLIT: Final = 256
 _EMULATED_SMS: Final = 4
+_ANY_WORK: Final = 1 << 30
 _TABLE_CHANGES: Final = 1 << 16
 """Changed entries of the block tables that are sent at once."""
 
@@ -95,13 +96,14 @@ class StepBuilder:
         self._deterministic = config.deterministic
         max_blocks = -(-config.max_model_len // config.block_size)
         self._max_tiles = config.max_num_tokens + config.max_num_seqs
-        self._max_splits = max_blocks * config.block_size // DETERMINISTIC_SPLIT + 1
         self._mirror = np.zeros((config.max_num_seqs, max_blocks), np.int32)
         self.device = device = launchers.device
         is_gpu = device.type == "cuda"
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else _EMULATED_SMS
         self._tables = torch.zeros(self._mirror.shape, dtype=torch.int32, device=device)
-        work = self.max_work(config.max_num_seqs)
+        work = config.max_num_seqs + SPARE_WORK
+        if config.deterministic:
+            work += config.max_num_seqs * (config.max_model_len // DETERMINISTIC_SPLIT + 1)
         self._upload = Upload(
             device,
             upload_bytes([
@@ -113,9 +115,9 @@ class StepBuilder:
         )  # fmt: skip
         self._changes = Upload(device, upload_bytes([(_TABLE_CHANGES, 8), (_TABLE_CHANGES, 4)]))
 
-    def max_work(self, num_seqs: int) -> int:
-        """Splits of decode attention that a step of so many sequences can have."""
-        return num_seqs * self._max_splits if self._deterministic else num_seqs + SPARE_WORK
+    def fits_graph(self, seq_lens: NDArray[np.int32]) -> bool:
+        """Whether the splits of a step of decodes have room in a graph; only fixed splits may have none."""
+        return not self._deterministic or int((-(-seq_lens // DETERMINISTIC_SPLIT)).sum()) <= SPARE_WORK
 
     def sync_tables(self, pool: _C.BlockPool, handles: Iterable[int]) -> None:
         """Bring the block tables on the device up to date for these sequences, in this order."""
@@ -141,7 +143,7 @@ class StepBuilder:
         is_whole = len(step.logit_rows) == len(step.token_ids)
         rows = np.empty(0, np.int64) if is_whole else step.logit_rows.astype(np.int64)
         split = self._split(decode_lens)
-        decode = self._decode_arrays(decode_lens, split)
+        decode = self._decode_arrays(decode_lens, split, is_padded=pad_to > 0)
         prefill = self._prefill_arrays(step, num_decodes)
         flat = [*tokens, slots, rows, seq_lens, *decode, *prefill, step.previous_rows]
         token_ids, positions, slots_, rows_, lens, *work, previous_rows = self._upload.send(flat)
@@ -174,17 +176,16 @@ class StepBuilder:
             return DETERMINISTIC_SPLIT
         return choose_split(seq_lens, self._shape.kv_heads, self._num_sms)
 
-    def _decode_arrays(self, seq_lens: NDArray[np.int32], split: int) -> list[NDArray[np.int32]]:
+    def _decode_arrays(self, seq_lens: NDArray[np.int32], split: int, *, is_padded: bool) -> list[NDArray[np.int32]]:
         if not len(seq_lens):
             return []
         arrays: list[NDArray[np.int32]] = []
-        max_work = self.max_work(len(seq_lens))
         for window in self._shape.windows:
-            work, start = plan_work(seq_lens, split_tokens=split, window=window, max_work=max_work)
-            # Of a size that depends on the number of sequences alone: what comes behind keeps its address.
-            room = np.zeros((max_work, 2), np.int32)
-            room[: len(work)] = work
-            arrays += [room, np.array([len(work), split], np.int32), start]
+            work, start = plan_work(seq_lens, split_tokens=split, window=window, max_work=_ANY_WORK)
+            extent = np.array([len(work), split], np.int32)
+            if is_padded:  # of a size that depends on the number of sequences alone: what comes behind stays in place
+                work = np.concatenate((work, np.zeros((len(seq_lens) + SPARE_WORK - len(work), 2), np.int32)))
+            arrays += [work, extent, start]
         return arrays
 
     def _decode_work(self, tensors: list[Tensor]) -> dict[int, SplitWork]:

@@ -65,6 +65,21 @@ class Upload:
         return views
 
 
+def send_once(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """Tensors of their own, in one copy that nothing waits for: torch keeps the pinned memory until it is done."""
+    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    parts = host.numpy()
+    first = np.cumsum([0, *sizes])
+    for array, start in zip(arrays, first, strict=False):
+        parts[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    there = host.to(device, non_blocking=True)
+    return [
+        there[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
+        for array, start in zip(arrays, first.tolist(), strict=False)
+    ]
+
+
 def upload_bytes(arrays: Sequence[tuple[int, int]]) -> int:
     """Room for arrays of (values, bytes of one)."""
     return sum(-(-count * size // _ALIGNMENT) * _ALIGNMENT for count, size in arrays)
