@@ -27,7 +27,7 @@ PYTEST: Final = (
 )  # fmt: skip
 WHOLE: Final = ("test_networks", "test_models", "test_engine", "test_executor_offload", "test_smollm2")
 """Files about whole networks: they come last, and the sanitizer would take hours over them."""
-SKIPPED: Final = ("test_triton_compiles", "test_emulator", "test_packing", "test_limits")
+SKIPPED: Final = ("test_triton_compiles", "test_emulator", "test_packing")
 """Files without a test for a GPU."""
 
 
