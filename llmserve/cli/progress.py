@@ -24,6 +24,7 @@ class _Phase:
     """One kind of work, as far as it was shown."""
 
     shown_s: float
+    shown_bytes: int
     ended: bool = False
 
 
@@ -71,26 +72,35 @@ class ProgressDisplay:
         now = time.monotonic()
         state = self._phases.get(phase)
         if state is None or (state.ended and done < total):
-            state = self._phases[phase] = _Phase(now)
+            state = self._phases[phase] = _Phase(now, done)
         if state.ended:
             return
         state.ended = 0 < total <= done
         if state.ended:
             print(f"{phase}: {format_bytes(total)}, done", file=sys.stderr, flush=True)
         elif now - state.shown_s >= _LINE_INTERVAL_S:
-            state.shown_s = now
             of_all = f" of {format_bytes(total)}" if total else ""
-            print(f"{phase}: {format_bytes(done)}{of_all}", file=sys.stderr, flush=True)
+            rate = max(0.0, (done - state.shown_bytes) / (now - state.shown_s))
+            print(f"{phase}: {format_bytes(done)}{of_all}, {format_bytes(rate)}/s", file=sys.stderr, flush=True)
+            state.shown_s, state.shown_bytes = now, done
 
 
 def _new_bar() -> Progress:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,

@@ -35,6 +35,8 @@ Examples:
 
     llmserve serve smollm2
 
+    llmserve serve Qwen/Qwen3-0.6B
+
     llmserve serve ./model.gguf --host 0.0.0.0 --port 8080 --kv-cache-memory 2GiB
 
     llmserve serve smollm2 --max-model-len 2048 --max-num-seqs 32 --served-model-name tiny

@@ -47,8 +47,8 @@ class Completion:
 class LLM:
     """A loaded model. Use it as a context manager, or call `close`.
 
-    `model` is what `llmserve serve` takes: a path, `pypi://package` or a short name. `options` are the fields of
-    `EngineConfig`, e.g. `max_model_len=2048`. Raises what loading raises.
+    `model` is what `llmserve serve` takes: a path, `org/name` of a hub, `pypi://package` or a short name. `options` are
+    the fields of `EngineConfig`, e.g. `max_model_len=2048`. Raises what loading raises.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:

