@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Final, TypeVar
 
 import httpx
@@ -55,6 +56,8 @@ class RemoteFile:
     """What messages call it."""
     num_bytes: int | None = None
     sha256: str | None = None
+    git_blob: str | None = None
+    """The SHA-1 by which git knows the content."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -180,8 +183,6 @@ class _Transfer:
         while chunk := out.read(_CHUNK_BYTES):
             self._digest.update(chunk)
             self._position += len(chunk)
-        if self._file.num_bytes is not None and self._position > self._file.num_bytes:
-            self._restart(out)
         self._furthest = self._position
 
     def _is_complete(self) -> bool:
@@ -269,6 +270,8 @@ class _Transfer:
             raise self._wrong(f"{stored.num_bytes} bytes came, {wanted.num_bytes} were announced")
         if wanted.sha256 is not None and stored.sha256 != wanted.sha256:
             raise self._wrong(f"its sha256 is {stored.sha256}, it should be {wanted.sha256}")
+        if wanted.git_blob is not None and (blob := _git_blob(self._path)) != wanted.git_blob:
+            raise self._wrong(f"its git blob is {blob}, it should be {wanted.git_blob}")
 
     def _wrong(self, message: str) -> CheckpointError:
         self._remove()
@@ -339,6 +342,14 @@ def _check_transport(request: httpx.Request) -> None:
 
 def _is_encoded(response: httpx.Response) -> bool:
     return bool(response.headers.get("Content-Encoding", "identity") != "identity")
+
+
+def _git_blob(path: Path) -> str:
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_space(store: Store, files: Iterable[RemoteFile]) -> None:

@@ -54,7 +54,7 @@ def copy_files(store: Store, source: FileSource, file: str, progress: Progress) 
     model = f"file+{safe_relative(source.path.name)}"
     reference = _state(root, chosen)
     found = store.find_reference(model, reference)
-    if found is not None and not source.sha256:
+    if found is not None and source.sha256 in ("", found.parent.name):
         return found
     total = sum((root / name).stat().st_size for name in chosen.names)
     store.check_space(total)

@@ -1,6 +1,7 @@
 """Repositories of a Hugging Face hub, over its HTTP API: what a revision holds, and why a hub refuses.
 
-    GET /api/models/ORG/NAME/revision/REVISION?blobs=true   commit, names, sizes, sha256 of large files
+    GET /api/models/ORG/NAME/revision/REVISION?blobs=true   commit, names, sizes; sha256 of large files, git's
+                                                             SHA-1 of others
     GET /ORG/NAME/resolve/COMMIT/FILE                       the bytes, mostly by way of another host
 
 `HF_ENDPOINT` names another hub than huggingface.co, `HF_TOKEN` is sent to the hub alone. Invariant: files are asked for
@@ -38,6 +39,7 @@ class _LargeFile(msgspec.Struct):
 class _Sibling(msgspec.Struct):
     rfilename: str
     size: int | None = None
+    blobId: str | None = None
     lfs: _LargeFile | None = None
 
 
@@ -123,6 +125,7 @@ class Hub:
             name=f"{source.repository}/{name}",
             num_bytes=large.size if large is not None else sibling.size,
             sha256=large.sha256 if large is not None else None,
+            git_blob=sibling.blobId if large is None else None,  # of a large file it is the pointer's
             headers=self._headers,
         )
 

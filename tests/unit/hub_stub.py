@@ -141,21 +141,22 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._file(hub.blobs[path], fault) if path in hub.blobs else self._refuse(404, "EntryNotFound")
 
-    def _may_read(self, name: str) -> Repository | None:
+    def _may_read(self, name: str, *, content: bool) -> Repository | None:
+        """The repository, unless it is refused. What a gated one holds is listed for everybody."""
         repository = self.server.hub.repositories.get(name)
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if given == "bad":
             self._refuse(401, "", "Invalid credentials in Authorization header")
         elif repository is None or (repository.token and not repository.gated and given != repository.token):
             self._refuse(404 if given else 401, "RepoNotFound", "Repository not found")
-        elif repository.gated and given != repository.token:
+        elif content and repository.gated and given != repository.token:
             self._refuse(403 if given else 401, "GatedRepo", "Access to model is restricted")
         else:
             return repository
         return None
 
     def _list(self, name: str, revision: str, *, with_blobs: bool) -> None:
-        repository = self._may_read(name)
+        repository = self._may_read(name, content=False)
         if repository is None:
             return
         sha = repository.branches.get(revision, revision)
@@ -175,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, name: str, commit: str, file: str, fault: Fault) -> None:
-        repository = self._may_read(name)
+        repository = self._may_read(name, content=True)
         if repository is None:
             return
         data = repository.commits[commit].get(file)

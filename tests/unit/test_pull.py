@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from llmserve.checkpoints import open_checkpoint, pull
-from llmserve.checkpoints.store import Store, safe_relative
+from llmserve.checkpoints import open_checkpoint, pull, store
+from llmserve.checkpoints.store import Store, StoredVersion, safe_relative
 from llmserve.checkpoints.wheel import ALLOWED, store_wheel
 from llmserve.errors import CheckpointError, ModelNotFound
 from tests.unit.checkpoint_files import write_gguf, write_hf
@@ -223,17 +223,55 @@ def test_too_little_space(tmp_path: Path) -> None:
 
 
 def test_blobs_are_shared_and_written_once(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    first = store.add_blob(io.BytesIO(b"same"), lambda _: None)
+    home = Store(tmp_path)
+    first = home.add_blob(io.BytesIO(b"same"), lambda _: None)
     blob = tmp_path / "blobs/sha256" / first.sha256[:2] / first.sha256
     inode = blob.stat().st_ino
-    threads = [threading.Thread(target=store.add_blob, args=(io.BytesIO(b"same"), lambda _: None)) for _ in range(4)]
+    threads = [threading.Thread(target=home.add_blob, args=(io.BytesIO(b"same"), lambda _: None)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert blob.stat().st_ino == inode
     assert blob.read_bytes() == b"same"
+
+
+def test_versions_that_are_added_at_once_are_all_there(tmp_path: Path) -> None:
+    home = Store(tmp_path)
+    file = home.add_blob(io.BytesIO(b"x"), lambda _: None)
+    barrier = threading.Barrier(8)
+
+    def add(version: str) -> None:
+        barrier.wait()
+        for part in range(5):
+            home.add_version("m", f"{version}.{part}", StoredVersion("s", "x", {"x": file}), [f"ref-{version}"])
+
+    threads = [threading.Thread(target=add, args=(str(i),)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(home.find("m", f"{i}.{part}") for i in range(8) for part in range(5))
+    assert all(home.find_reference("m", f"ref-{i}") == home.find("m", f"{i}.4") for i in range(8))
+
+
+def test_a_view_appears_with_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Store(tmp_path)
+    file = home.add_blob(io.BytesIO(b"x"), lambda _: None)
+    link, calls = store._link, 0
+
+    def fail_late(blob: Path, path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(28, "No space left on device")
+        link(blob, path)
+
+    monkeypatch.setattr(store, "_link", fail_late)
+    with pytest.raises(OSError, match="No space left"):
+        home.add_version("m", "1", StoredVersion("s", "", {"a": file, "b": file}))
+    assert not (tmp_path / "views/m/1").exists()
+    assert home.add_version("m", "1", StoredVersion("s", "", {"a": file, "b": file})) == home.find("m")
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/../b", "/a", "a//b", "a\\b", "c:x", "./a", "a/", "a\0"])

@@ -114,6 +114,11 @@ def test_a_file_with_its_hash(hub: HubStub, home: Path, tmp_path: Path) -> None:
     source = tmp_path / "m.gguf"
     source.write_bytes(GGUF)
     assert pull.resolve(f"file://{source}#sha256={DIGEST}").read_bytes() == GGUF
+    with pytest.raises(CheckpointError, match=rf"{source}: its sha256 is {DIGEST}, it should be 000"):
+        pull.resolve(f"file://{source}#sha256={'0' * 64}")
+    seen: list[str] = []
+    pull.resolve(f"file://{source}#sha256={DIGEST}", progress=lambda phase, *_: seen.append(phase))
+    assert seen == []
     source.write_bytes(GGUF + b"2")
     with pytest.raises(CheckpointError, match=rf"{source}: its sha256 is \w+, it should be {DIGEST}"):
         pull.resolve(f"file://{source}#sha256={DIGEST}")

@@ -215,6 +215,14 @@ def test_a_corrupted_file_is_found_and_removed(hub: HubStub, home: Path) -> None
     assert pull.resolve("org/tiny").read_bytes() == GGUF
 
 
+def test_a_small_file_that_is_not_what_git_has(hub: HubStub, home: Path) -> None:
+    hub.add("org/tiny", {"config.json": CONFIG, "model.safetensors": b"S"})
+    hub.fail("api", "config.json", Fault(edit=spoiled))
+    with pytest.raises(CheckpointError, match=r"org/tiny/config\.json: its git blob is \w{40}, it should be \w{40}"):
+        pull.resolve("org/tiny")
+    nothing_is_there(home)
+
+
 def test_an_advertised_hash_that_does_not_match(hub: HubStub, home: Path) -> None:
     wrong = {"sha256": "0" * 64, "size": len(GGUF)}
     hub.add("org/tiny", {"m.gguf": GGUF}, advertised={"m.gguf": {"lfs": wrong}})
@@ -240,7 +248,7 @@ def test_a_size_that_does_not_match(hub: HubStub, home: Path, file: str, size: i
 
 def test_a_listing_without_sizes(hub: HubStub) -> None:
     files = {"config.json": CONFIG, "model.safetensors": b"S" * 5000}
-    hub.add("org/tiny", files, advertised={name: {"size": None, "lfs": None} for name in files})
+    hub.add("org/tiny", files, advertised={name: {"size": None, "lfs": None, "blobId": None} for name in files})
     path = pull.resolve("org/tiny")
     assert {file.name: file.read_bytes() for file in path.iterdir()} == files
 
