@@ -98,8 +98,11 @@ def open_client() -> httpx.Client:
     )
 
 
-def get(client: httpx.Client, url: str, headers: Mapping[str, str], explain: Explain) -> httpx.Response:
-    """A small answer, with the same retries as a file. Raises `explain`'s error, `CheckpointError`."""
+def get(client: httpx.Client, url: str, headers: Mapping[str, str], *, explain: Explain, prefix: str) -> httpx.Response:
+    """A small answer, with the same retries as a file. Raises `explain`'s error, `CheckpointError`.
+
+    `prefix` begins the message of one that could not be had.
+    """
 
     def attempt() -> httpx.Response:
         with _connection_errors():
@@ -110,7 +113,7 @@ def get(client: httpx.Client, url: str, headers: Mapping[str, str], explain: Exp
             raise explain(response)
         return response
 
-    return _retrying(attempt, shown(url), lambda: 0)
+    return _retrying(attempt, prefix, lambda: 0)
 
 
 def fetch(
@@ -162,7 +165,7 @@ class _Transfer:
         try:
             with self._path.open("ab+") as out:
                 self._read_partial(out)
-                _retrying(lambda: self._attempt(out), self._file.name, lambda: self._furthest)
+                _retrying(lambda: self._attempt(out), f"{self._file.name}: ", lambda: self._furthest)
         except BaseException:
             if self._position == 0:
                 self._remove()
@@ -282,7 +285,7 @@ class _Transfer:
         self._validator_path.unlink(missing_ok=True)
 
 
-def _retrying(attempt: Callable[[], _T], name: str, furthest: Callable[[], int]) -> _T:
+def _retrying(attempt: Callable[[], _T], prefix: str, furthest: Callable[[], int]) -> _T:
     """Attempt again after what may pass, with longer and longer pauses while no attempt gets further."""
     fruitless, reached = 0, furthest()
     while True:
@@ -292,13 +295,14 @@ def _retrying(attempt: Callable[[], _T], name: str, furthest: Callable[[], int])
             fruitless = 1 if furthest() > reached else fruitless + 1
             reached = max(reached, furthest())
             if fruitless >= _MAX_FRUITLESS:
-                raise CheckpointError(f"{name}: {error} ({fruitless} attempts); run it again to go on") from error
+                resumed = "; what came is kept, the next pull goes on from there" if reached else ""
+                raise CheckpointError(f"{prefix}{error} ({fruitless} attempts){resumed}") from error
             pause_s = error.retry_after_s
             if pause_s is None:
                 pause_s = min(_BACKOFF_S * 2 ** (fruitless - 1), _MAX_BACKOFF_S) * random.uniform(0.75, 1.25)
             if pause_s > _MAX_RETRY_AFTER_S:
-                raise CheckpointError(f"{name}: {error}; the server asks to wait for {pause_s:.0f} s") from error
-            _log.info("%s: %s, attempting again in %.1f s", name, error, pause_s)
+                raise CheckpointError(f"{prefix}{error}; the server asks to wait for {pause_s:.0f} s") from error
+            _log.info("%s%s, attempting again in %.1f s", prefix, error, pause_s)
             time.sleep(pause_s)
 
 

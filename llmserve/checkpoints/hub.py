@@ -78,7 +78,8 @@ class Hub:
     def repository(self, source: HubSource) -> Repository:
         """The commit that a revision stands for now, and its files."""
         url = f"{self.endpoint}/api/models/{source.repository}/revision/{quote(source.revision, safe='')}?blobs=true"
-        response = download.get(self._client, url, self._headers, self.explain(source))
+        prefix = _no_path(source) or f"{source.repository}: "
+        response = download.get(self._client, url, self._headers, explain=self.explain(source), prefix=prefix)
         try:
             answer = msgspec.json.decode(response.content, type=_Answer)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -136,5 +137,9 @@ class Hub:
 
     def _describe_missing(self, source: HubSource) -> str:
         private = "the account of HF_TOKEN cannot see it" if self._headers else "it is private: then set HF_TOKEN"
-        local = f"{source.repository}: no such file or folder, and " if source.bare else ""
-        return f"{local}{self.endpoint} has no repository {source.repository}, or {private}"
+        return f"{_no_path(source)}{self.endpoint} has no repository {source.repository}, or {private}"
+
+
+def _no_path(source: HubSource) -> str:
+    """Begins the message about a name that may have been meant as a path."""
+    return f"{source.repository}: no such file or folder, and " if source.bare else ""

@@ -50,7 +50,9 @@ def test_help_lists_all_commands() -> None:
 BAD_INPUT = {
     "no such file": (["serve", "./missing.gguf"], "no such file"),
     "no such name": (["serve", "smolm2"], "did you mean smollm2"),
-    "other scheme": (["serve", "hf://a/b"], "hf://"),
+    "other scheme": (["serve", "s3://a/b"], "s3://"),
+    "file to fetch without its hash": (["serve", "https://h/m.gguf"], "#sha256=HEX"),
+    "choice where there is none": (["pull", "smollm2", "--file", "x"], "--file"),
     "no model": (["serve"], "MODEL"),
     "no such command": (["frobnicate"], "frobnicate"),
     "no such option": (["serve", "x", "--nope"], "--nope"),
