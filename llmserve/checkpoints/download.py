@@ -123,15 +123,12 @@ def fetch(
 
     Raises `CheckpointError` for what cannot be fetched or is not what was promised, and `explain`'s errors.
     """
-    if file.sha256 is not None and (size := store.blob_size(file.sha256)) is not None:
-        on_position(size, size)
-        return StoredFile(file.sha256, size)
-    total = file.num_bytes or 0
-    with store.lock(f"download {file.key}", lambda: on_position(0, total)):
-        if file.sha256 is not None and (size := store.blob_size(file.sha256)) is not None:
-            on_position(size, size)
-            return StoredFile(file.sha256, size)
-        return _Transfer(client, file, store, explain, on_position).run()
+    with store.lock(f"download {file.key}", lambda: on_position(0, file.num_bytes or 0)):
+        stored = store.find_blob(file.sha256, file.num_bytes) if file.sha256 is not None else None
+        if stored is None:
+            return _Transfer(client, file, store, explain, on_position).run()
+    on_position(stored.num_bytes, stored.num_bytes)
+    return stored
 
 
 def shown(url: str) -> str:
@@ -360,7 +357,7 @@ def check_space(store: Store, files: Iterable[RemoteFile]) -> None:
     """Raise `CheckpointError` if what is still to come of `files` would not fit."""
     missing = 0
     for file in files:
-        if file.sha256 is None or store.blob_size(file.sha256) is None:
+        if file.sha256 is None or store.find_blob(file.sha256, file.num_bytes) is None:
             partial = store.partial(file.key)
             missing += max(0, (file.num_bytes or 0) - (partial.stat().st_size if partial.exists() else 0))
     store.check_space(missing)

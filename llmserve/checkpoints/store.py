@@ -150,11 +150,16 @@ class Store:
         os.replace(path, target)
         _sync_folder(target.parent)
 
-    def blob_size(self, sha256: str) -> int | None:
-        """Bytes of this content, None where it is not in the store."""
+    def find_blob(self, sha256: str, num_bytes: int | None) -> StoredFile | None:
+        """The blob of a content, if it is there; one of unknown size is read, lest it was shortened."""
+        path = self._blob(sha256)
+        if num_bytes is not None:
+            return StoredFile(sha256, num_bytes) if _has_size(path, num_bytes) else None
         try:
-            return self._blob(sha256).stat().st_size
-        except OSError:
+            with path.open("rb") as stream:
+                intact = hashlib.file_digest(stream, "sha256").hexdigest() == sha256
+                return StoredFile(sha256, os.fstat(stream.fileno()).st_size) if intact else None
+        except FileNotFoundError:
             return None
 
     def partial(self, key: str) -> Path:

@@ -55,10 +55,13 @@ class RealServer:
 
 
 @contextlib.contextmanager
-def real_server(folder: Path, *args: str, env: Mapping[str, str] | None = None) -> Iterator[RealServer]:
-    """Serve the default model on a free port; `folder` takes the log. Killed at the end if it still runs."""
+def real_server(
+    folder: Path, *args: str, env: Mapping[str, str] | None = None, model: str = ""
+) -> Iterator[RealServer]:
+    """Serve the default model, or `model`, on a free port; `folder` takes the log. Killed at the end if it runs."""
     log = folder / "serve.log"
-    command = [*LLMSERVE, "serve", str(default_model()), "--port", "0", "--served-model-name", "smollm2", *args]
+    what = [model] if model else [str(default_model()), "--served-model-name", "smollm2"]
+    command = [*LLMSERVE, "serve", *what, "--port", "0", *args]
     with (
         log.open("w") as stderr,
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env) as process,

@@ -6,6 +6,8 @@ import email.utils
 import gzip
 import hashlib
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 from llmserve.checkpoints import download, pull
 from llmserve.checkpoints.store import Store
 from llmserve.errors import CheckpointError, ModelNotFound
+from tests.ops.seeds import fresh_seed
 from tests.unit.hub_stub import Fault, HubStub
 
 DATA = os.urandom(3_000_000)
@@ -191,6 +194,41 @@ def test_a_server_that_always_cuts_at_the_same_place(hub: HubStub) -> None:
     with pytest.raises(CheckpointError, match=r"127\.0\.0\.1 broke off: .*\(5 attempts\); what came is kept"):
         fetch(hub.url + "/f")
     assert len(hub.requests) == 5
+
+
+def test_any_mixture_of_faults_yields_the_file(hub: HubStub) -> None:
+    seed = fresh_seed()
+    draws = random.Random(seed)
+    data = DATA[:300_000]
+    hub.blobs["/f"] = data
+    for _ in range(25):
+        length = draws.randint(1, len(data))
+        hub.blobs["/f"] = data[:length]
+        faults = [
+            Fault(
+                cut_after=draws.randint(0, length - 1),
+                ignore_range=draws.random() < 0.3,
+                no_validator=draws.random() < 0.3,
+                content_range=draws.choice(["", "", "bytes 1-2/3"]),
+            )
+            for _ in range(draws.randint(0, 3))
+        ]
+        hub.fail("api", "/f", *faults)
+        sha256 = hashlib.sha256(data[:length]).hexdigest() if draws.random() < 0.5 else None
+        assert fetch(hub.url + "/f", sha256=sha256) == data[:length], (seed, faults)
+        hub.faults.clear()
+        shutil.rmtree(Store().home / "blobs")
+
+
+def test_a_blob_that_was_shortened_is_fetched_again(hub: HubStub, home: Path) -> None:
+    hub.blobs["/m.gguf"] = DATA
+    model = f"{hub.url}/m.gguf#sha256={DIGEST}"
+    path = pull.resolve(model)
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.truncate(1000)
+    assert pull.resolve(model).read_bytes() == DATA
+    assert (home / BLOB).read_bytes() == DATA
 
 
 def test_nobody_listens(hub: HubStub, monkeypatch: pytest.MonkeyPatch) -> None:
