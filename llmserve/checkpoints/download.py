@@ -225,9 +225,8 @@ class _Transfer:
         with _connection_errors(), self._client.stream("GET", self._file.url, headers=headers) as response:
             total = self._begin(response, out)
             self._on_position(self._position, total)
-            for (
-                chunk
-            ) in response.iter_bytes():  # a chunk size would hold bytes back, which are lost with the connection
+            # As they come: chunks of a given size would be held back until they are full, and lost with the connection.
+            for chunk in response.iter_bytes():
                 out.write(chunk)
                 self._digest.update(chunk)
                 self._position += len(chunk)

@@ -17,10 +17,11 @@ from llmserve.checkpoints.store import safe_relative
 from llmserve.errors import CheckpointError, ModelNotFound
 
 _COMPANIONS: Final = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template|vocab"
-    r")\.json|model\.safetensors\.index\.json|merges\.txt|vocab\.txt|"
-    r".+\.jinja|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|tokenizer\.model\.v\d+"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template|vocab)\.json"
+    r"|model\.safetensors\.index\.json|merges\.txt|vocab\.txt|.+\.jinja"
+    r"|tokenizer\.model(\.v\d+)?|spiece\.model|sentencepiece\.bpe\.model"
 )
+"""What goes with weights: configuration, tokenizer, chat templates."""
 _NOTICES: Final = re.compile(r"(LICEN[CS]E|NOTICE|README)(\.(md|txt))?", re.IGNORECASE | re.ASCII)
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SHARD: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors")

@@ -54,6 +54,12 @@ def test_a_folder_end_to_end(hub: HubStub, home: Path, tmp_path: Path) -> None:
     assert list((home / "partial").iterdir()) == []
 
 
+def test_an_empty_file(hub: HubStub) -> None:
+    hub.add("org/tiny", {"config.json": CONFIG, "model.safetensors": b"S", "merges.txt": b"", "tokenizer.model": b""})
+    path = pull.resolve("org/tiny")
+    assert [(path / name).read_bytes() for name in ("merges.txt", "tokenizer.model")] == [b"", b""]
+
+
 def test_the_manifest_says_where_everything_came_from(hub: HubStub, home: Path) -> None:
     commit = hub.add("org/tiny", {"m.gguf": GGUF}).branches["main"]
     path = pull.resolve("hf://org/tiny")
