@@ -184,7 +184,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckpointTensor:
-    """A tensor as it lies in a checkpoint file: never copied, never converted."""
+    """A tensor as it lies in a checkpoint file, not copied, or one that is converted whenever `data` is read."""
 
     name: str
     """Canonical name (see `checkpoints.names`)."""
@@ -193,7 +193,8 @@ class CheckpointTensor:
     shape: tuple[int, ...]
     """Logical shape, row-major, e.g. (out_features, in_features)."""
     data: memoryview
-    """The bytes, mapped read-only; it keeps the mapping alive."""
+    """The bytes, read-only. A mapped file stays mapped as long as there is a view of them. To read them several times,
+    take them once (see `checkpoints.module.ConvertedTensor`)."""
     order: tuple[int, ...] | None = None
     """Activation order: column j of the stored rows multiplies input `order[j]`; None: j itself. The shape's columns
     are the inputs."""

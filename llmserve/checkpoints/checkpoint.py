@@ -1,7 +1,8 @@
 """`open_checkpoint`: a GGUF file or a Hugging Face folder as configuration plus tensors by canonical name.
 
-Invariants: opening reads headers only; tensor bytes stay in the mapped files; a checkpoint that opens has consistent
-shapes and no tensor whose meaning is unknown.
+Invariants: opening reads headers only, and activation orders; tensor bytes stay in the mapped files, those of quantized
+layers in safetensors are made of them when they are read; a checkpoint that opens has consistent shapes and no tensor
+whose meaning is unknown.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmserve.checkpoints import gguf, gguf_config, hf_config, names, safetensors
+from llmserve.checkpoints import gguf, gguf_config, hf_config, names, quantized, safetensors
+from llmserve.checkpoints.dtypes import num_bytes
 from llmserve.checkpoints.identity import checkpoint_id
 from llmserve.checkpoints.mapping import MappedFile
 from llmserve.checkpoints.shapes import check_biases, check_shapes
@@ -21,7 +23,7 @@ from llmserve.types import CheckpointTensor
 
 
 class Checkpoint(Protocol):
-    """An opened checkpoint. Tensors are views of mapped files."""
+    """An opened checkpoint. Tensors are views of mapped files, or made of such views when they are read."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -36,7 +38,7 @@ class Checkpoint(Protocol):
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors as stored."""
+        """Bytes of all tensors in the forms they are read in."""
         ...
 
     @property
@@ -64,7 +66,7 @@ class FileCheckpoint:
 
     @property
     def total_bytes(self) -> int:
-        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+        return sum(num_bytes(tensor.dtype, tensor.shape) for tensor in self.tensors.values())
 
     @property
     def identity(self) -> str:
@@ -117,13 +119,17 @@ def _open_gguf(path: Path, files: list[MappedFile]) -> FileCheckpoint:
 def _open_folder(path: Path, files: list[MappedFile]) -> FileCheckpoint:
     values = read_config(path)
     config = hf_config.model_config(values, path / "config.json")
-    tensors: dict[str, CheckpointTensor] = {}
-    for source, located in safetensors.read_folder(path, files).items():
+    quantization = quantized.open_quantization(values, path / "config.json")
+    stored = safetensors.read_folder(path, files)
+    tensors = {} if quantization is None else quantized.take_modules(quantization, stored)
+    for source, located in stored.items():
         name = names.from_hf(source)
         if name is None and names.is_ignored_hf(source):
             continue
         if name is None:
             raise CheckpointError(f"{path}: tensor {source} is not known to architecture {config.architecture}")
+        if located.dtype not in safetensors.FLOATS:
+            raise safetensors.unsupported_type(located.file.path, source, located.dtype)
         tensors[name] = CheckpointTensor(name, located.dtype, located.shape, located.data)
     if config.tie_word_embeddings:
         tensors.pop("head", None)  # some exporters store the shared matrix twice

@@ -85,10 +85,6 @@ def bias_parts(values: Mapping[str, Any], path: Path) -> frozenset[str]:
 def _refuse_unsupported(fields: Fields) -> None:
     if (act := fields.text("hidden_act", "silu")) != "silu":
         raise fields.fail(f"hidden_act {act!r} is not supported; supported: silu")
-    if fields.has("quantization_config"):
-        quantization = fields.values["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise fields.fail(f"quantization method {method!r} is not supported yet; use unquantized weights or GGUF")
 
 
 def _head_dim(fields: Fields, defaults: Defaults, hidden_size: int, num_heads: int) -> int:

@@ -77,6 +77,11 @@ def is_ignored_hf(name: str) -> bool:
     return name.endswith(".rotary_emb.inv_freq")
 
 
+def is_linear(name: str) -> bool:
+    """Is this the weight of a linear layer, by its canonical name?"""
+    return name == "head" or split_layer(name)[1] in _LINEAR
+
+
 def split_layer(name: str) -> tuple[int | None, str]:
     """`layers.3.q` → (3, "q"); other canonical names → (None, name)."""
     match = _CANONICAL_LAYER.fullmatch(name)

@@ -9,6 +9,7 @@ overlap.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +23,11 @@ from llmserve.errors import CheckpointError
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_HEADER_BYTES: Final = 100_000_000
-_TYPES: Final = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+FLOATS: Final = ("f32", "f16", "bf16")
+INTEGERS: Final = ("I8", "I32", "I64")
+"""Types that quantized layers consist of, as the format names them."""
+_TYPES: Final = {name.upper(): name for name in FLOATS} | {name: name for name in INTEGERS}
+_INTEGER_BYTES: Final = {"I8": 1, "I32": 4, "I64": 8}
 
 
 class _Entry(msgspec.Struct):
@@ -56,6 +61,12 @@ def decode_json(path: Path, data: bytes | memoryview, kind: Any) -> Any:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not usable JSON: {' '.join(str(error).split())}") from error
+
+
+def unsupported_type(path: Path, name: str, dtype: str) -> CheckpointError:
+    """The error of a tensor that is not of floats, though it is not part of a quantized layer either."""
+    supported = ", ".join(name.upper() for name in FLOATS)
+    return CheckpointError(f"{path}: type {dtype} is not supported yet (tensor {name}); supported: {supported}")
 
 
 def read_folder(folder: Path, files: list[MappedFile]) -> dict[str, Located]:
@@ -118,14 +129,11 @@ def _read_file(file: MappedFile) -> dict[str, Located]:
 def _locate(file: MappedFile, name: str, entry: _Entry, base: int) -> Located:
     dtype = _TYPES.get(entry.dtype)
     if dtype is None:
-        supported = ", ".join(_TYPES)
-        raise CheckpointError(
-            f"{file.path}: type {entry.dtype} is not supported yet (tensor {name}); supported: {supported}"
-        )
+        raise unsupported_type(file.path, name, entry.dtype)
     if any(size < 1 for size in entry.shape):
         raise CheckpointError(f"{file.path}: tensor {name} has the impossible shape {entry.shape}")
     shape, (begin, end) = tuple(entry.shape), entry.data_offsets
-    size = num_bytes(dtype, shape)
+    size = math.prod(shape) * _INTEGER_BYTES[dtype] if dtype in INTEGERS else num_bytes(dtype, shape)
     if begin < 0 or end - begin != size:
         raise CheckpointError(
             f"{file.path}: tensor {name} of {entry.dtype} {entry.shape} needs {size} bytes, not [{begin}, {end})"

@@ -13,6 +13,7 @@ from llmserve.config import ExecutorConfig
 from llmserve.ops import nodes as n
 from llmserve.ops.arena import lay_out
 from llmserve.ops.protocol import RopeSpec
+from llmserve.ops.sources import MatrixSources, tensor_view
 from llmserve.ops.weights import LoadedWeights, WeightLoader
 from llmserve.types import CheckpointTensor
 
@@ -48,13 +49,13 @@ class Emitter:
     def load(self, nodes: Sequence[n.Node], progress: Progress) -> LoadedWeights:
         """Add every matrix and get its packed bytes; `progress` is told after each."""
         plan = [node.matrix for node in nodes if isinstance(node, n.GemmNode)]
-        for matrix in plan:
-            views = [tensor_view(tensor) for tensor in matrix.tensors]
-            sources = np.array(matrix.sources, np.int32)
-            self._matrices[matrix] = self._program.add_matrix(matrix.type, views, sources)
+        sources = [MatrixSources.of(matrix.tensors) for matrix in plan]
+        for matrix, source in zip(plan, sources, strict=True):
+            tiles = np.array(matrix.sources, np.int32)
+            self._matrices[matrix] = self._program.add_matrix(matrix.type, source.views, tiles)
         for vector in _vectors(nodes):  # read last, one by one: without this each waits for the disk
             tensor_view(vector).prefetch()
-        loader = WeightLoader(self._program, [self._matrices[matrix] for matrix in plan], progress)
+        loader = WeightLoader(self._program, [self._matrices[matrix] for matrix in plan], sources, progress)
         return loader.load(self._config.images, plan)
 
     def add(self, node: n.Node) -> None:
@@ -157,12 +158,6 @@ def _vectors(nodes: Sequence[n.Node]) -> Iterator[CheckpointTensor]:
             case _:
                 found = ()
         yield from (tensor for tensor in found if tensor is not None)
-
-
-def tensor_view(tensor: CheckpointTensor) -> _C.TensorView:
-    """The tensor as the extension sees it; vectors are one row."""
-    rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
-    return _C.TensorView(tensor.data, tensor.dtype, rows, columns, tensor.name)
 
 
 def floats(tensor: CheckpointTensor | None) -> NDArray[np.float32] | None:

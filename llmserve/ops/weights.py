@@ -18,6 +18,7 @@ from llmserve.config import ImageConfig
 from llmserve.ops.image import DATA_OFFSET, DamagedImage, ImageHeader, PackedImage, image_key, open_image, write_header
 from llmserve.ops.image_folder import ImageFolder
 from llmserve.ops.nodes import Matrix
+from llmserve.ops.sources import MatrixSources
 from llmserve.types import WeightsOrigin
 
 Progress = Callable[[str, int, int], None]
@@ -43,6 +44,8 @@ class WeightLoader:
 
     program: _C.Program
     matrices: Sequence[_C.PackedMatrix]
+    sources: Sequence[MatrixSources]
+    """Of each matrix."""
     progress: Progress
 
     @property
@@ -70,14 +73,15 @@ class WeightLoader:
 
     def _pack_each(self, pack: Callable[[_C.PackedMatrix], None]) -> None:
         """The file is read one matrix ahead: faults alone would read it in small pieces, one at a time."""
-        ahead = iter([*self.matrices[1:], None])
+        ahead, sources = iter([*self.matrices[1:], None]), iter(self.sources)
         self.program.prefetch(self.matrices[0], sample=False)
 
         def work(matrix: _C.PackedMatrix) -> None:
             following = next(ahead)
             if following is not None:
                 self.program.prefetch(following, sample=False)
-            pack(matrix)
+            with next(sources).filled():
+                pack(matrix)
 
         self._each(PACKING, work)
 
@@ -93,10 +97,10 @@ class WeightLoader:
         """Name of the image. Samples, packed anew, tie it to content, layout and kernels whatever versions say."""
         for packed in self.matrices:
             self.program.prefetch(packed, sample=True)
-        samples = [
-            (describe(matrix), packed.num_bytes, self.program.checksum_sample(packed))
-            for matrix, packed in zip(plan, self.matrices, strict=True)
-        ]
+        samples = []
+        for matrix, packed, sources in zip(plan, self.matrices, self.sources, strict=True):
+            with sources.filled():
+                samples.append((describe(matrix), packed.num_bytes, self.program.checksum_sample(packed)))
         return image_key([checkpoint_id, _C.LAYOUT_VERSION, samples])
 
     def _from_folder(self, folder: ImageFolder, key: str) -> tuple[PackedImage, WeightsOrigin]:

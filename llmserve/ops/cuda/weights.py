@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmserve.checkpoints.dequantize import dequantize
+from llmserve.checkpoints.dtypes import num_bytes
 from llmserve.ops import Progress
 from llmserve.types import CheckpointTensor
 
@@ -27,10 +28,11 @@ def row_pieces(tensor: CheckpointTensor, max_values: int) -> Iterator[tuple[int,
     """The tensor cut along its first axis into pieces of about `max_values`: (first row, piece)."""
     rows = tensor.shape[0]
     step = max(1, max_values // max(1, math.prod(tensor.shape[1:])))
-    row_bytes = len(tensor.data) // max(1, rows)
+    whole = tensor.data
+    row_bytes = len(whole) // max(1, rows)
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        data = tensor.data[first * row_bytes : last * row_bytes]
+        data = whole[first * row_bytes : last * row_bytes]
         yield first, replace(tensor, shape=(last - first, *tensor.shape[1:]), data=data)
 
 
@@ -80,7 +82,7 @@ class DeviceWeights:
 
     def was_read(self, tensor: CheckpointTensor) -> None:
         """Tell the progress."""
-        self._read_bytes += len(tensor.data)
+        self._read_bytes += num_bytes(tensor.dtype, tensor.shape)
         self.progress(_PHASE, min(self._read_bytes, self.total_bytes), self.total_bytes)
 
     def finish(self) -> None:
