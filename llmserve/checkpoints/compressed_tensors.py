@@ -57,7 +57,8 @@ class CompressedTensors:
     def read(self, module: Module) -> QuantizedWeight:
         scheme = self._scheme(module.name)
         if scheme is None:
-            raise module.fail(next(iter(module.parts)), "is of a layer that quantization_config leaves unquantized")
+            part = "weight" if "weight" in module.parts else "weight_packed"
+            raise module.fail(part, "is of a layer that quantization_config leaves unquantized")
         return self._read_packed(module, scheme) if scheme.format == "pack-quantized" else _read_int8(module)
 
     def _scheme(self, name: str) -> Scheme | None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from llmserve.checkpoints import awq, gptq, names, open_checkpoint, packing
+from llmserve.checkpoints import awq, names, open_checkpoint, packing
 from llmserve.checkpoints.dequantize import dequantize
 from llmserve.checkpoints.module import ConvertedTensor
 from llmserve.errors import CheckpointError
@@ -105,15 +105,17 @@ def test_bytes_are_made_when_they_are_read_and_not_kept(tmp_path: Path, monkeypa
     checkpoint = open_checkpoint(folder.write(tmp_path))
     tensor = checkpoint.tensors["layers.0.down"]
     assert isinstance(tensor, ConvertedTensor)
-    calls: list[int] = []
-    unpack = gptq.unpack
-    monkeypatch.setattr(gptq, "unpack", lambda words, bits: (calls.append(bits), unpack(words, bits))[1])
+    calls: list[str] = []
+
+    def counting(*arguments: Any) -> memoryview:
+        calls.append(arguments[0])
+        return packing.pack(*arguments)
+
+    monkeypatch.setattr("llmserve.checkpoints.module.pack", counting)
     total = checkpoint.total_bytes
     assert calls == []
-    first = tensor.data
-    once = len(calls)
-    second = tensor.data
-    assert len(calls) == 2 * once > 0
+    first, second = tensor.data, tensor.data
+    assert calls == ["u4_g32", "u4_g32"]
     assert first == second
     assert first.readonly
     assert total == sum(tensor.data.nbytes for tensor in checkpoint.tensors.values())
@@ -236,6 +238,6 @@ def test_an_order_ignored_is_noticed(name: str, tmp_path: Path) -> None:
 def test_a_borrowed_zero_point_is_read_as_it_was_written(tmp_path: Path) -> None:
     """Format `gptq` subtracts from whole words: zero points of 0 are there, and change their neighbours."""
     folder = quantize(LLAMA, FORMATS["gptq"], Options(symmetric=False, version=1))
-    stored = gptq.unpack(folder.arrays["model.layers.0.self_attn.q_proj.qzeros"], 4)
+    stored = packing.unpack(folder.arrays["model.layers.0.self_attn.q_proj.qzeros"], 4)
     assert (stored[:, 0] == 15).all()
     assert differing(folder, tmp_path) == []
