@@ -45,7 +45,7 @@ class Awq:
             return IntegerWeight(
                 scales().T,
                 _outputs(zeros),
-                lambda piece: _outputs(codes[:, piece.start // 8 : -(-piece.stop // 8)]),
+                lambda piece: _outputs(codes[:, piece.start // 8 : -(-piece.stop // 8)])[: piece.stop - piece.start],
             )
 
         return QuantizedWeight(form, (rows, columns), "scales", load)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmserve.checkpoints.dequantize import dequantize
-from llmserve.checkpoints.packing import IntegerWeight, pack
+from llmserve.checkpoints.dtypes import num_bytes
+from llmserve.checkpoints.packing import ROW_STEP, IntegerWeight, pack
 from llmserve.checkpoints.safetensors import FLOATS, Located
 from llmserve.errors import CheckpointError
 from llmserve.types import CheckpointTensor
@@ -23,17 +24,20 @@ _NUMPY: Final = {"I8": "<i1", "I32": "<i4", "I64": "<i8"}
 
 
 class ConvertedTensor(CheckpointTensor):
-    """A tensor whose bytes no file holds: reading `data` converts it. A copy made by `replace` holds its bytes."""
+    """A tensor whose bytes no file holds: reading `data` converts it. A copy made by `replace` holds its bytes.
+
+    In place of bytes it is given what makes those of some rows, the first of which is a multiple of `ROW_STEP`.
+    """
 
     __slots__ = ("_source",)
-    _source: memoryview | Callable[[], memoryview]
+    _source: memoryview | Callable[[slice], memoryview]
 
     def __init__(
         self,
         name: str,
         dtype: str,
         shape: tuple[int, ...],
-        data: memoryview | Callable[[], memoryview],
+        data: memoryview | Callable[[slice], memoryview],
         order: tuple[int, ...] | None = None,
     ) -> None:
         values = {"name": name, "dtype": dtype, "shape": shape, "_source": data, "order": order}
@@ -43,7 +47,16 @@ class ConvertedTensor(CheckpointTensor):
     @property
     def data(self) -> memoryview:
         """The bytes in the form that `dtype` names. Raises `CheckpointError` where it cannot hold the weight."""
-        return self._source if isinstance(self._source, memoryview) else self._source()
+        return self.rows(0, self.shape[0])
+
+    def rows(self, first: int, last: int) -> memoryview:
+        """The same of the rows from `first` to before `last`."""
+        source = self._source
+        start = first // ROW_STEP * ROW_STEP
+        data = source if isinstance(source, memoryview) else source(slice(start, last))
+        row_bytes = num_bytes(self.dtype, (1, self.shape[1]))
+        skipped = first if isinstance(source, memoryview) else first - start
+        return data[skipped * row_bytes : (skipped + last - first) * row_bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +120,8 @@ class QuantizedWeight:
     order: tuple[int, ...] | None = None
 
     def tensor(self, name: str, module: Module) -> CheckpointTensor:
-        def convert() -> memoryview:
-            return pack(self.dtype, self.shape, self.load(), lambda what: module.fail(self.part, what))
+        def convert(rows: slice) -> memoryview:
+            return pack(self.dtype, self.shape[1], rows, self.load(), fail=lambda what: module.fail(self.part, what))
 
         return ConvertedTensor(name, self.dtype, self.shape, convert, self.order)
 

@@ -64,24 +64,27 @@ def unpack(words: NDArray[np.int32], bits: int) -> Bytes:
 
 
 def pack(
-    dtype: str, shape: tuple[int, int], weight: IntegerWeight, fail: Callable[[str], CheckpointError]
+    dtype: str, columns: int, rows: slice, weight: IntegerWeight, *, fail: Callable[[str], CheckpointError]
 ) -> memoryview:
-    """The bytes of a tensor of `dtype`. `fail` makes the error of a weight that the form cannot hold."""
-    rows, columns = shape
-    result = np.empty((rows, num_bytes(dtype, (1, columns))), np.uint8)
+    """The bytes of some rows of a tensor of `dtype`, of which the first is a multiple of `ROW_STEP`.
+
+    `fail` makes the error of a weight that the form cannot hold.
+    """
+    result = np.empty((rows.stop - rows.start, num_bytes(dtype, (1, columns))), np.uint8)
     if not np.isfinite(weight.scales).all():
         raise fail("has a scale that is not a number")
     header = _header(dtype, columns, weight, fail)  # [N, blocks, bytes before the codes]
     step = max(ROW_STEP, PIECE // columns // ROW_STEP * ROW_STEP)
-    for first in range(0, rows, step):
-        piece = slice(first, min(rows, first + step))
+    for first in range(rows.start, rows.stop, step):
+        piece = slice(first, min(rows.stop, first + step))
         codes = weight.codes(piece)
+        out = result[piece.start - rows.start : piece.stop - rows.start]
         if dtype == "i8":
-            result[piece, :columns] = codes
-            result[piece, columns:] = np.ascontiguousarray(weight.scales[piece], "<f4").view(np.uint8)
+            out[:, :columns] = codes
+            out[:, columns:] = np.ascontiguousarray(weight.scales[piece], "<f4").view(np.uint8)
             continue
         elements, size = BLOCKS[dtype]
-        blocks = result[piece].reshape(len(codes), columns // elements, size)
+        blocks = out.reshape(len(codes), columns // elements, size)
         blocks[..., : size - _code_bytes(dtype)] = header[piece]
         blocks[..., size - _code_bytes(dtype) :] = _packed_codes(dtype, codes, elements)
     return result.reshape(-1).data.toreadonly()

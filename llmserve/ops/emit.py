@@ -49,7 +49,7 @@ class Emitter:
     def load(self, nodes: Sequence[n.Node], progress: Progress) -> LoadedWeights:
         """Add every matrix and get its packed bytes; `progress` is told after each."""
         plan = [node.matrix for node in nodes if isinstance(node, n.GemmNode)]
-        sources = [MatrixSources.of(matrix.tensors) for matrix in plan]
+        sources = [MatrixSources.of(matrix) for matrix in plan]
         for matrix, source in zip(plan, sources, strict=True):
             tiles = np.array(matrix.sources, np.int32)
             self._matrices[matrix] = self._program.add_matrix(matrix.type, source.views, tiles)

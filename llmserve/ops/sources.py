@@ -7,13 +7,14 @@ its matrix is packed: so one matrix at a time is there twice, not all of them fo
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llmserve import _C
 from llmserve.checkpoints.dtypes import num_bytes
 from llmserve.checkpoints.module import ConvertedTensor
+from llmserve.ops.nodes import Matrix
 from llmserve.types import CheckpointTensor
 
 
@@ -22,31 +23,47 @@ class MatrixSources:
     """The tensors of one matrix, as the extension sees them."""
 
     views: list[_C.TensorView]
-    _converted: list[tuple[ConvertedTensor, mmap.mmap]]
+    _matrix: Matrix
+    _rooms: dict[int, mmap.mmap]
+    """Of converted tensors, by their place in the matrix."""
 
     @classmethod
-    def of(cls, tensors: Sequence[CheckpointTensor]) -> MatrixSources:
-        sources = cls([], [])
-        for tensor in tensors:
-            data = tensor.data if not isinstance(tensor, ConvertedTensor) else sources._reserve(tensor)
+    def of(cls, matrix: Matrix) -> MatrixSources:
+        sources = cls([], matrix, {})
+        for index, tensor in enumerate(matrix.tensors):
+            data = tensor.data if not isinstance(tensor, ConvertedTensor) else sources._reserve(index, tensor)
             sources.views.append(tensor_view(tensor, data))
         return sources
 
     @contextmanager
-    def filled(self) -> Iterator[None]:
-        """The views hold the tensors' bytes. Raises `CheckpointError` where a tensor cannot be converted."""
+    def filled(self, *, sample: bool) -> Iterator[None]:
+        """The views hold the tensors' bytes, or those of the first and the last tile, which are the sample.
+
+        Raises `CheckpointError` where a tensor cannot be converted.
+        """
+        tiles = self._matrix.sources
         try:
-            for tensor, room in self._converted:
-                room[:] = tensor.data
+            if sample:
+                for index, first, count in (tiles[0], tiles[-1]):
+                    self._fill(index, first, first + count)
+            else:
+                for index in self._rooms:
+                    self._fill(index, 0, self._matrix.tensors[index].shape[0])
             yield
         finally:
-            for _, room in self._converted:
+            for room in self._rooms.values():
                 room.madvise(mmap.MADV_DONTNEED)
 
-    def _reserve(self, tensor: ConvertedTensor) -> memoryview:
-        room = mmap.mmap(-1, num_bytes(tensor.dtype, tensor.shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._converted.append((tensor, room))
-        return memoryview(room)
+    def _fill(self, index: int, first: int, last: int) -> None:
+        tensor = self._matrix.tensors[index]
+        if isinstance(tensor, ConvertedTensor):
+            data, start = tensor.rows(first, last), num_bytes(tensor.dtype, (first, tensor.shape[1]))
+            self._rooms[index][start : start + len(data)] = data
+
+    def _reserve(self, index: int, tensor: ConvertedTensor) -> memoryview:
+        size = num_bytes(tensor.dtype, tensor.shape)
+        self._rooms[index] = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return memoryview(self._rooms[index])
 
 
 def tensor_view(tensor: CheckpointTensor, data: memoryview | None = None) -> _C.TensorView:

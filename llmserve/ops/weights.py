@@ -80,7 +80,7 @@ class WeightLoader:
             following = next(ahead)
             if following is not None:
                 self.program.prefetch(following, sample=False)
-            with next(sources).filled():
+            with next(sources).filled(sample=False):
                 pack(matrix)
 
         self._each(PACKING, work)
@@ -99,7 +99,7 @@ class WeightLoader:
             self.program.prefetch(packed, sample=True)
         samples = []
         for matrix, packed, sources in zip(plan, self.matrices, self.sources, strict=True):
-            with sources.filled():
+            with sources.filled(sample=True):
                 samples.append((describe(matrix), packed.num_bytes, self.program.checksum_sample(packed)))
         return image_key([checkpoint_id, _C.LAYOUT_VERSION, samples])
 

@@ -17,6 +17,7 @@ from llmserve.config import ExecutorConfig, ImageConfig
 from llmserve.errors import CheckpointError
 from llmserve.models import llama
 from llmserve.models.catalog import load_model
+from llmserve.ops import nodes as n
 from llmserve.types import CheckpointTensor
 from tests.ops.bounds import TINY, Bound, precision
 from tests.ops.running import build_executor, errors, prompt_logprobs
@@ -123,11 +124,20 @@ def test_converted_bytes_are_there_only_while_a_matrix_is_packed(tmp_path: Path)
     sources = pytest.importorskip("llmserve.ops.sources", reason="the extension is not built")
     prepared = Case(QUANTIZED_MODELS["quantized_llama"], "gptq", tmp_path)
     tensor = prepared.checkpoint.tensors["layers.0.q"]
-    found = sources.MatrixSources.of([tensor, prepared.checkpoint.tensors["embed"]])
-    ((_, room),) = found._converted
+    matrix = n.Matrix("q4_g128", tensors=[prepared.checkpoint.tensors["layers.0.k"], tensor])
+    matrix.add_rows(tensor, 0, 128)
+    matrix.sources.insert(0, (1, 13, 6))
+    found = sources.MatrixSources.of(matrix)
+    room, data = found._rooms[1], bytes(tensor.data)
     assert not any(room[:])
-    with found.filled():
-        assert room[:] == bytes(tensor.data)
+    with found.filled(sample=False):
+        assert room[:] == data
+    assert not any(room[:])
+    with found.filled(sample=True):  # of rows 13 to 18 and 64 to 127
+        size = len(data) // 128
+        assert room[13 * size : 19 * size] == data[13 * size : 19 * size]
+        assert room[64 * size :] == data[64 * size :]
+        assert not any(room[: 13 * size] + room[19 * size : 64 * size] + found._rooms[0][:])
     assert not any(room[:])
 
 

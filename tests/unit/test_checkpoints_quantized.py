@@ -107,9 +107,9 @@ def test_bytes_are_made_when_they_are_read_and_not_kept(tmp_path: Path, monkeypa
     assert isinstance(tensor, ConvertedTensor)
     calls: list[str] = []
 
-    def counting(*arguments: Any) -> memoryview:
-        calls.append(arguments[0])
-        return packing.pack(*arguments)
+    def counting(dtype: str, *arguments: Any, **keywords: Any) -> memoryview:
+        calls.append(dtype)
+        return packing.pack(dtype, *arguments, **keywords)
 
     monkeypatch.setattr("llmserve.checkpoints.module.pack", counting)
     total = checkpoint.total_bytes
@@ -130,6 +130,17 @@ def test_large_layers_are_converted_in_pieces(name: str, tmp_path: Path, monkeyp
     for piece in (1, 24 * 128, 100 * 128):  # 8, 24 and 96 rows of 128 inputs
         monkeypatch.setattr(packing, "PIECE", piece)
         assert differing(folder, tmp_path / str(piece)) == []
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_some_rows_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
+    tensor = read(quantize(LLAMA, FORMATS[name], Options(symmetric=False)), tmp_path)["model.layers.0.mlp.up_proj"]
+    assert isinstance(tensor, ConvertedTensor)
+    data = tensor.data
+    size = len(data) // 256
+    for first, last in ((0, 1), (0, 256), (3, 21), (64, 128), (255, 256)):
+        assert tensor.rows(first, last) == data[first * size : last * size]
+        assert replace(tensor).rows(first, last) == data[first * size : last * size]
 
 
 def test_layers_of_one_input_share_their_order(tmp_path: Path) -> None:
