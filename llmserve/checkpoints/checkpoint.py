@@ -134,7 +134,9 @@ def _open_folder(path: Path, files: list[MappedFile]) -> FileCheckpoint:
     if config.tie_word_embeddings:
         tensors.pop("head", None)  # some exporters store the shared matrix twice
     check_shapes(path, config, tensors)
-    check_biases(path, config, tensors, hf_config.bias_parts(values, path / "config.json"))
+    biases = hf_config.bias_parts(values, path / "config.json")
+    quantized.drop_idle_biases(tensors, biases)
+    check_biases(path, config, tensors, biases)
     return FileCheckpoint(path, config, tensors, files)
 
 

@@ -9,9 +9,10 @@ from typing import Any, Final
 from llmserve.checkpoints import names
 from llmserve.checkpoints.awq import open_awq
 from llmserve.checkpoints.compressed_tensors import open_compressed_tensors
+from llmserve.checkpoints.dequantize import dequantize
 from llmserve.checkpoints.fields import Fields
 from llmserve.checkpoints.gptq import open_gptq
-from llmserve.checkpoints.module import Module, Quantization
+from llmserve.checkpoints.module import ConvertedTensor, Module, Quantization
 from llmserve.checkpoints.safetensors import Located
 from llmserve.errors import CheckpointError
 from llmserve.types import CheckpointTensor
@@ -54,3 +55,17 @@ def take_modules(quantization: Quantization, tensors: dict[str, Located]) -> dic
             raise module_.fail(next(iter(found)), f"is there beside {source}.weight")
         weights[name] = quantization.read(module_).tensor(name, module_)
     return weights
+
+
+def drop_idle_biases(tensors: dict[str, CheckpointTensor], expected: frozenset[str]) -> None:
+    """Old GPTQ writers gave each quantized layer a bias of zeros: it goes unless the configuration has it."""
+    for name, tensor in list(tensors.items()):
+        weight, is_bias = name.removesuffix("_bias"), name.endswith("_bias")
+        if (
+            not is_bias
+            or names.split_layer(name)[1] in expected
+            or not isinstance(tensors.get(weight), ConvertedTensor)
+        ):
+            continue
+        if not dequantize(tensor).any():
+            del tensors[name]

@@ -91,6 +91,21 @@ def test_plain_layers_and_biases_stay_as_they_are(name: str, tmp_path: Path) -> 
     assert {"layers.0.q_bias", "layers.0.k_bias", "layers.0.v_bias"} <= tensors.keys()
 
 
+def test_biases_of_zeros_that_the_network_has_not_are_dropped(tmp_path: Path) -> None:
+    folder = quantize(LLAMA, FORMATS["gptq"], Options(), plain=("lm_head", "k_proj"))
+    zeros = {f"{module}.bias": np.zeros(len(layer.values), np.float16) for module, layer in folder.layers.items()}
+    folder.arrays |= zeros
+    tensors = open_checkpoint(folder.write(tmp_path / "a")).tensors
+    assert not any(name.endswith("_bias") for name in tensors)
+    folder.arrays["model.layers.0.self_attn.o_proj.bias"][3] = 1
+    with pytest.raises(CheckpointError, match="o_bias tensors, which its configuration rules out"):
+        open_checkpoint(folder.write(tmp_path / "b"))
+    del folder.arrays["model.layers.0.self_attn.o_proj.bias"]
+    folder.arrays["model.layers.0.self_attn.k_proj.bias"] = np.zeros(64, np.float16)
+    with pytest.raises(CheckpointError, match="k_bias tensors, which its configuration rules out"):
+        open_checkpoint(folder.write(tmp_path / "c"))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_head_may_be_quantized(symmetric: bool, tmp_path: Path) -> None:
     """Its 199 rows leave the last word of the zero points half empty."""
