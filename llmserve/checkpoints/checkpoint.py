@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from llmserve.checkpoints import gguf, gguf_config, hf_config, names, quantized, safetensors
+from llmserve.checkpoints import gguf, gguf_config, hf_config, names, safetensors
 from llmserve.checkpoints.dtypes import num_bytes
 from llmserve.checkpoints.identity import checkpoint_id
 from llmserve.checkpoints.mapping import MappedFile
@@ -20,6 +20,9 @@ from llmserve.checkpoints.shapes import check_biases, check_shapes
 from llmserve.config import ModelConfig
 from llmserve.errors import CheckpointError, ModelNotFound
 from llmserve.types import CheckpointTensor
+
+if TYPE_CHECKING:
+    from llmserve.checkpoints.quantized import QuantizedLayers
 
 
 class Checkpoint(Protocol):
@@ -119,9 +122,9 @@ def _open_gguf(path: Path, files: list[MappedFile]) -> FileCheckpoint:
 def _open_folder(path: Path, files: list[MappedFile]) -> FileCheckpoint:
     values = read_config(path)
     config = hf_config.model_config(values, path / "config.json")
-    quantization = quantized.open_quantization(values, path / "config.json")
+    quantized = _quantized_layers(values, path / "config.json")
     stored = safetensors.read_folder(path, files)
-    tensors = {} if quantization is None else quantized.take_modules(quantization, stored)
+    tensors = {} if quantized is None else quantized.take(stored)
     for source, located in stored.items():
         name = names.from_hf(source)
         if name is None and names.is_ignored_hf(source):
@@ -135,9 +138,19 @@ def _open_folder(path: Path, files: list[MappedFile]) -> FileCheckpoint:
         tensors.pop("head", None)  # some exporters store the shared matrix twice
     check_shapes(path, config, tensors)
     biases = hf_config.bias_parts(values, path / "config.json")
-    quantized.drop_idle_biases(tensors, biases)
+    if quantized is not None:
+        quantized.drop_idle_biases(tensors, biases)
     check_biases(path, config, tensors, biases)
     return FileCheckpoint(path, config, tensors, files)
+
+
+def _quantized_layers(values: Mapping[str, Any], path: Path) -> QuantizedLayers | None:
+    found = values.get("quantization_config")
+    if found is None:
+        return None
+    from llmserve.checkpoints.quantized import open_quantization  # brings NumPy, which a frontend does without
+
+    return open_quantization(found, path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,11 +25,41 @@ METHODS: Final[Mapping[str, Callable[[Fields], Quantization]]] = {
 }
 
 
-def open_quantization(values: Mapping[str, Any], path: Path) -> Quantization | None:
-    """What the `quantization_config` of a `config.json` says; None if it has none. Raises `CheckpointError`."""
-    found = values.get("quantization_config")
-    if found is None:
-        return None
+@dataclass(frozen=True, slots=True)
+class QuantizedLayers:
+    """The quantized layers of one folder."""
+
+    quantization: Quantization
+
+    def take(self, tensors: dict[str, Located]) -> dict[str, CheckpointTensor]:
+        """Weights by canonical name. The tensors they consist of are taken out of `tensors`."""
+        parts: dict[str, dict[str, Located]] = {}
+        for source, located in list(tensors.items()):
+            layer, _, part = source.rpartition(".")
+            if part in self.quantization.parts and (part != "weight" or located.dtype == "I8"):
+                parts.setdefault(layer, {})[part] = tensors.pop(source)
+        weights: dict[str, CheckpointTensor] = {}
+        for layer, found in parts.items():
+            module, name = Module(layer, found), names.from_hf(f"{layer}.weight")
+            if name is None or not names.is_linear(name):
+                raise module.fail(next(iter(found)), "is of a quantized layer that is not known to this architecture")
+            if f"{layer}.weight" in tensors:
+                raise module.fail(next(iter(found)), f"is there beside {layer}.weight")
+            weights[name] = self.quantization.read(module).tensor(name, module)
+        return weights
+
+    def drop_idle_biases(self, tensors: dict[str, CheckpointTensor], expected: frozenset[str]) -> None:
+        """Old GPTQ writers gave each quantized layer a bias of zeros: it goes unless the configuration has it."""
+        for name, tensor in list(tensors.items()):
+            if not name.endswith("_bias") or names.split_layer(name)[1] in expected:
+                continue
+            weight = tensors.get(name.removesuffix("_bias"))
+            if isinstance(weight, ConvertedTensor) and not dequantize(tensor).any():
+                del tensors[name]
+
+
+def open_quantization(found: Any, path: Path) -> QuantizedLayers:
+    """What the `quantization_config` of a `config.json` says. Raises `CheckpointError`."""
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path}: quantization_config is {found!r:.80}, not an object")
     method = found.get("quant_method")
@@ -36,36 +67,4 @@ def open_quantization(values: Mapping[str, Any], path: Path) -> Quantization | N
         raise CheckpointError(
             f"{path}: quantization method {method!r:.80} is not supported; supported: {', '.join(METHODS)}"
         )
-    return METHODS[method](Fields(found, f"{path}: quantization_config"))
-
-
-def take_modules(quantization: Quantization, tensors: dict[str, Located]) -> dict[str, CheckpointTensor]:
-    """Weights of quantized layers by canonical name. Their tensors are taken out of `tensors`."""
-    parts: dict[str, dict[str, Located]] = {}
-    for source, located in list(tensors.items()):
-        module, _, part = source.rpartition(".")
-        if part in quantization.parts and (part != "weight" or located.dtype == "I8"):
-            parts.setdefault(module, {})[part] = tensors.pop(source)
-    weights: dict[str, CheckpointTensor] = {}
-    for source, found in parts.items():
-        module_, name = Module(source, found), names.from_hf(f"{source}.weight")
-        if name is None or not names.is_linear(name):
-            raise module_.fail(next(iter(found)), "is of a quantized layer that is not known to this architecture")
-        if f"{source}.weight" in tensors:
-            raise module_.fail(next(iter(found)), f"is there beside {source}.weight")
-        weights[name] = quantization.read(module_).tensor(name, module_)
-    return weights
-
-
-def drop_idle_biases(tensors: dict[str, CheckpointTensor], expected: frozenset[str]) -> None:
-    """Old GPTQ writers gave each quantized layer a bias of zeros: it goes unless the configuration has it."""
-    for name, tensor in list(tensors.items()):
-        weight, is_bias = name.removesuffix("_bias"), name.endswith("_bias")
-        if (
-            not is_bias
-            or names.split_layer(name)[1] in expected
-            or not isinstance(tensors.get(weight), ConvertedTensor)
-        ):
-            continue
-        if not dequantize(tensor).any():
-            del tensors[name]
+    return QuantizedLayers(METHODS[method](Fields(found, f"{path}: quantization_config")))

@@ -37,7 +37,7 @@ Change = Callable[[QuantizedFolder], None]
 def refused(quantization: Any) -> str:
     """The error of a `quantization_config`."""
     with pytest.raises(CheckpointError) as caught:
-        open_quantization({"quantization_config": quantization}, Path("config.json"))
+        open_quantization(quantization, Path("config.json"))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("config.json: ")
     return str(caught.value)
