@@ -29,6 +29,15 @@ from llmserve.checkpoints.module import Module, Orders, QuantizedWeight
 from llmserve.checkpoints.packing import IntegerWeight, form_of, unpack
 
 FORMATS: Final = ("pack-quantized", "int-quantized")
+_SUPPORTED: Final = {
+    ("int-quantized", 8, True, "channel"),
+    *(
+        ("pack-quantized", bits, symmetric, strategy)
+        for bits, symmetric in ((4, True), (4, False), (8, True))
+        for strategy in ("channel", "group")
+    ),
+}
+"""(format, bits, symmetric, what has a scale of its own)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +157,7 @@ def open_compressed_tensors(fields: Fields) -> CompressedTensors:
 
 def _scheme_of(fields: Fields, name: str, values: Any) -> Scheme:
     group = _part(fields, name, values)
-    format_ = group.text("format", fields.text("format"))
+    format_ = group.text("format", fields.values.get("format"))
     if format_ not in FORMATS:
         raise group.fail(f"format {format_!r} is not supported; supported: {', '.join(FORMATS)}")
     if group.values.get("output_activations"):
@@ -171,13 +180,10 @@ def _weights(fields: Fields, format_: str) -> tuple[int, bool, int]:
     """Bits, whether symmetric, and the group size."""
     bits, symmetric = fields.size("num_bits", 8), fields.flag("symmetric", default=True)
     kind = fields.text("type", "int")
-    strategy = fields.text("strategy", "group" if fields.values.get("group_size") not in (None, -1) else "channel")
+    size = fields.values.get("group_size")
+    strategy = fields.text("strategy", "tensor" if size is None else "channel" if size == -1 else "group")
     said = f"{kind} weights of {bits} bits, {'' if symmetric else 'a'}symmetric, a scale per {strategy}"
-    packed = format_ == "pack-quantized" and strategy in ("channel", "group")
-    if kind != "int" or not (
-        (packed and (bits == 4 or (bits, symmetric) == (8, True)))
-        or (format_ == "int-quantized" and (bits, symmetric, strategy) == (8, True, "channel"))
-    ):
+    if kind != "int" or (format_, bits, symmetric, strategy) not in _SUPPORTED:
         raise fields.fail(
             f"{said}: not supported in format {format_}; supported: pack-quantized int weights of 4 bits, or of 8 bits "
             "and symmetric, with a scale per channel or group; int-quantized ones of 8 bits, symmetric, per channel"

@@ -205,6 +205,10 @@ def test_schemes_by_name_pattern_and_class(tmp_path: Path) -> None:
     config["config_groups"]["group_0"]["targets"] = ["Linear", "re:.*v_proj"]
     config["config_groups"]["group_1"] = {**other_group, "targets": [eight[0], "re:.*mlp\\.(up|down)_proj$"]}
     config["ignore"] = ["lm_head", "re:.*o_proj$"]
+    for group in config["config_groups"].values():
+        group["format"] = config["format"]
+    config["format"] = "mixed-precision"
+    del config["config_groups"]["group_0"]["weights"]["strategy"]  # it has a group size
     assert differing(folder, tmp_path) == []
 
 

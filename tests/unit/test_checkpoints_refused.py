@@ -91,6 +91,7 @@ def test_configurations(quantization: Any, message: str) -> None:
         (pack_quantized_config, "weights", {"num_bits": 8, "symmetric": False}, "of 8 bits, asymmetric, a scale"),
         (pack_quantized_config, "weights", {"type": "float"}, "float weights of 4 bits"),
         (pack_quantized_config, "weights", {"strategy": "tensor"}, "a scale per tensor: not supported"),
+        (pack_quantized_config, "weights", {"strategy": None, "group_size": None}, "a scale per tensor: not supported"),
         (pack_quantized_config, "weights", {"strategy": "block"}, "a scale per block: not supported"),
         (pack_quantized_config, "weights", {"group_size": 48}, "group_size 48 is not supported"),
         (pack_quantized_config, "weights", {"dynamic": True}, "dynamic weights are not supported"),
