@@ -128,8 +128,12 @@ def run_both(config: EngineConfig, folder: Path) -> list[list[tuple[int, int]]]:
 
 def test_two_engines_take_turns(config: EngineConfig, runtime: Path, tmp_path: Path) -> None:
     unfair = []
-    for _ in range(3):  # a third process that keeps one of them from its core makes the turns uneven, at times
-        first, second = run_both(config, tmp_path)
+    for attempt in range(6):  # a third process that keeps one of them from its core makes the turns uneven, at times
+        folder = tmp_path / str(
+            attempt
+        )  # a trace that is there would be continued, and all attempts judged by the first
+        folder.mkdir()
+        first, second = run_both(config, folder)
         assert (runtime / "step-lease").exists()
         assert min(len(first), len(second)) >= MAX_TOKENS // 2, "they were hardly busy together"
         # A launch ends a little after the lease was given back.
